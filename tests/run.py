@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Runs every check and test of the project: python3 tests/run.py
+
+Needs nothing but a Python 3.6 or newer and a package index: it makes its virtual environments in
+the folder .venv. The tests run on Python 3.6, where one is found, and on the newest Python found.
+"""
+import argparse
+import collections
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint, prepare_tests
+
+GROUPS = ("lint", "types", "py36", "tests")
+WORKERS = 4  # of pytest, on each Python: most tests wait for a vmbackup.py and a simulator
+LIMIT = 1800  # seconds that one check may take before it is killed
+COMPILE = "import sys; [compile(open(name, 'rb').read(), name, 'exec') for name in sys.argv[1:]]"
+
+Check = collections.namedtuple("Check", "name command")
+Result = collections.namedtuple("Result", "outcome seconds output")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="run.py [--only GROUP]... [--python X.Y]... [-- PYTEST-ARGUMENT ...]")
+    parser.add_argument("--only", metavar="GROUP", choices=GROUPS, action="append",
+                        help="only these checks: lint (ruff), types (mypy), py36 (vermin and a"
+                             " compile by Python 3.6), tests (pytest); may be repeated")
+    parser.add_argument("--python", metavar="X.Y", action="append",
+                        help="run the tests on these versions instead; may be repeated")
+    parser.add_argument("pytest", nargs="*", help="handed on to pytest, such as -- -k retention")
+    return parser.parse_args()
+
+
+def chosen(found, wanted):
+    """The interpreters to run the tests on."""
+    if not wanted:
+        return [found[version] for version in sorted({LOWEST, max(found)} & set(found))]
+    by_name = {dotted(version): interpreter for version, interpreter in found.items()}
+    for name in wanted:
+        if name not in by_name:
+            sys.exit("No Python {} here; found: {}".format(name, " ".join(by_name)))
+    return [by_name[name] for name in wanted]
+
+
+def checks(groups, found, test_on, pytest_arguments):
+    """All checks to run, the environments they need being made first, side by side."""
+    sources = [ROOT / "vmbackup.py"] + sorted(TESTS.rglob("*.py"))
+    sources = [str(path.relative_to(ROOT)) for path in sources]
+    with ThreadPoolExecutor() as pool:
+        pythons = pool.map(prepare_tests, test_on if "tests" in groups else [])
+        lint = prepare_lint(found[max(found)]) if set(groups) - {"tests"} else None
+        pythons = list(pythons)
+    if "lint" in groups:
+        yield Check("ruff", [lint, "-m", "ruff", "check", "."])
+    if "types" in groups:
+        yield Check("mypy", [lint, "-m", "mypy"])
+    if "py36" in groups:
+        vermin = str(Path(lint).with_name("vermin"))
+        yield Check("vermin", [vermin, "-q", "--no-tips", "--violations", "-t=3.6-"] + sources)
+        if LOWEST in found:
+            yield Check("compile 3.6", [found[LOWEST].path, "-W", "error", "-c", COMPILE] + sources)
+    for interpreter, python in zip(test_on, pythons):
+        version = dotted(interpreter.version)
+        yield Check("pytest " + version, [
+            python, "-m", "pytest", "-n", str(WORKERS), "-o", "cache_dir=.pytest_cache/" + version,
+        ] + pytest_arguments)
+
+
+def run(check):
+    """Runs one check; its output goes to a file, so that no process left behind can hold it up."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        try:
+            status = subprocess.run(check.command, cwd=str(ROOT), timeout=LIMIT,
+                                    stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=subprocess.STDOUT).returncode
+            outcome = f"FAILED, exit status {status}" if status else "ok"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED, killed after {LIMIT} s"
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    return Result(outcome, time.monotonic() - started, text)
+
+
+def main():
+    options = arguments()
+    groups = options.only or GROUPS
+    found = interpreters()
+    test_on = chosen(found, options.python)
+    print("Python found here: " + ", ".join(map(dotted, found)))
+    if "tests" in groups:
+        print("The tests run on: " + ", ".join(dotted(one.version) for one in test_on))
+    if LOWEST not in found:
+        print("There is no Python 3.6 here: nothing of this run shows that vmbackup.py works on it,"
+              " beyond what vermin sees.")
+    todo = list(checks(groups, found, test_on, options.pytest))
+    print("Running: {} (the output of each follows when it has ended)".format(
+        ", ".join(check.name for check in todo)), flush=True)
+
+    results = {}
+    with ThreadPoolExecutor(len(todo)) as pool:
+        running = {pool.submit(run, check): check for check in todo}
+        for future in as_completed(running):
+            check = running[future]
+            results[check.name] = result = future.result()
+            command = " ".join(map(shlex.quote, check.command)).replace(str(ROOT) + os.sep, "")
+            print(f"\n##### {check.name}: {command[:200]}\n{result.output}", flush=True)
+
+    print("\nSummary")
+    for check in todo:
+        result = results[check.name]
+        print(f"  {check.name:12} {result.outcome:24} {result.seconds:6.1f} s")
+    return int(any(result.outcome != "ok" for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
