@@ -27,6 +27,7 @@ Interpreter = collections.namedtuple("Interpreter", "version path banner")
 
 
 def dotted(version):
+    """(3, 6) as 3.6"""
     return "{}.{}".format(*version)
 
 
@@ -84,7 +85,7 @@ def environment(name, interpreter, packages, requirements):
         if stamp.exists() and stamp.read_text() == digest:
             return str(python)
         print(f"Making .venv/{name} with Python {dotted(interpreter.version)}"
-              f" from {requirements.relative_to(ROOT)} …", flush=True)
+              f" from {requirements.relative_to(ROOT)} ...", flush=True)
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
         commands = [[interpreter.path, "-m", "venv", "--clear", folder],
                     install + packages + ["-r", requirements]]
@@ -95,8 +96,8 @@ def environment(name, interpreter, packages, requirements):
             done = subprocess.run(command, stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
-                sys.exit("{}\n{}\nfailed with exit status {}".format(
-                    done.stdout.decode(errors="replace"), " ".join(command), done.returncode))
+                sys.stdout.buffer.write(done.stdout)
+                sys.exit(f"{' '.join(command)}\nfailed with exit status {done.returncode}")
         stamp.write_text(digest)
     return str(python)
 

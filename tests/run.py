@@ -6,8 +6,6 @@ the folder .venv. The tests run on Python 3.6, where one is found, and on the ne
 """
 import argparse
 import collections
-import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,12 @@ from environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint,
 GROUPS = ("lint", "types", "py36", "tests")
 WORKERS = 4  # of pytest, on each Python: most tests wait for a vmbackup.py and a simulator
 LIMIT = 1800  # seconds that one check may take before it is killed
-COMPILE = "import sys; [compile(open(name, 'rb').read(), name, 'exec') for name in sys.argv[1:]]"
+COMPILE = """
+import sys
+for name in sys.argv[1:]:
+    with open(name, "rb") as source:
+        compile(source.read(), name, "exec")
+"""
 
 Check = collections.namedtuple("Check", "name command")
 Result = collections.namedtuple("Result", "outcome seconds output")
@@ -46,7 +49,7 @@ def chosen(found, wanted):
     by_name = {dotted(version): interpreter for version, interpreter in found.items()}
     for name in wanted:
         if name not in by_name:
-            sys.exit("No Python {} here; found: {}".format(name, " ".join(by_name)))
+            sys.exit(f"No Python {name} here; found: {', '.join(by_name)}")
     return [by_name[name] for name in wanted]
 
 
@@ -86,8 +89,7 @@ def run(check):
         except subprocess.TimeoutExpired:
             outcome = f"FAILED, killed after {LIMIT} s"
         output.seek(0)
-        text = output.read().decode(errors="replace")
-    return Result(outcome, time.monotonic() - started, text)
+        return Result(outcome, time.monotonic() - started, output.read())
 
 
 def main():
@@ -102,8 +104,8 @@ def main():
         print("There is no Python 3.6 here: nothing of this run shows that vmbackup.py works on it,"
               " beyond what vermin sees.")
     todo = list(checks(groups, found, test_on, options.pytest))
-    print("Running: {} (the output of each follows when it has ended)".format(
-        ", ".join(check.name for check in todo)), flush=True)
+    names = ", ".join(check.name for check in todo)
+    print(f"Running: {names} (the output of each follows when it has ended)", flush=True)
 
     results = {}
     with ThreadPoolExecutor(len(todo)) as pool:
@@ -111,8 +113,9 @@ def main():
         for future in as_completed(running):
             check = running[future]
             results[check.name] = result = future.result()
-            command = " ".join(map(shlex.quote, check.command)).replace(str(ROOT) + os.sep, "")
-            print(f"\n##### {check.name}: {command[:200]}\n{result.output}", flush=True)
+            print(f"\n##### {check.name}", flush=True)
+            sys.stdout.buffer.write(result.output)
+            sys.stdout.flush()
 
     print("\nSummary")
     for check in todo:

@@ -7,6 +7,7 @@ in a temporary folder and is removed at the end.
 """
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -15,7 +16,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 from environment import ROOT, TESTS, interpreters, prepare_tests
@@ -37,7 +37,7 @@ vm-export=
 
 def heading(text):
     line = f"\n━━━ {text} " + "━" * (76 - len(text))
-    print(f"\033[1m{line}\033[0m" if sys.stdout.isatty() else line, end="\n\n", flush=True)
+    print(f"\033[1m{line}\033[0m" if sys.stdout.isatty() else line, end="\n\n")
 
 
 def short(path):
@@ -50,12 +50,12 @@ def show(*command, typed="", cwd=ROOT):
     line = " ".join(shlex.quote(short(word)) for word in command)
     if cwd != ROOT:
         line = f"cd {shlex.quote(str(cwd))} && {line}"
-    print(f"$ {line}", flush=True)
+    print(f"$ {line}")
     if typed:
-        print("  (and the password on the next line, here by a pipe)", flush=True)
+        print("  (and the password on the next line, here by a pipe)")
     status = subprocess.run([str(word) for word in command], cwd=str(cwd),
                             input=(typed + "\n").encode()).returncode
-    print(f"→ exit status {status}", flush=True)
+    print(f"→ exit status {status}")
     return status
 
 
@@ -94,10 +94,9 @@ def demonstrate(python, folder, pool):
     if show(python, vmbackup, "-", f"create-password-file={password}", typed=pool["password"]):
         return False
 
-    heading(f"The config file, {config}")
-    text = CONFIG.format(folder=folder, **pool)
-    config.write_text(text, encoding="utf-8")
-    print(textwrap.indent(text, "  "), end="")
+    heading("The config file")
+    config.write_text(CONFIG.format(folder=folder, **pool), encoding="utf-8")
+    show("cat", config)
 
     heading("Preview: what would be backed up? Nothing is changed")
     if show(python, vmbackup, password, config, "preview"):
@@ -111,9 +110,9 @@ def demonstrate(python, folder, pool):
     tree(folder)
 
     heading("The status log, for monitoring")
-    print(textwrap.indent((folder / "status.log").read_text(encoding="utf-8"), "  "), end="")
+    show("cat", folder / "status.log")
 
-    heading("Any backup can be checked later, with no tool but this one")
+    heading("Any backup can be checked later, with nothing but this")
     backup = min(backups.glob("*/backup-*"))
     return show("sha256sum", "-c", "SHA256SUMS", cwd=backup) == 0
 
@@ -123,6 +122,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="keep the folder with the backups")
     keep = parser.parse_args().keep
+    # UTF-8 whatever the locale, and line by line: between its lines come those of the commands.
+    sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", errors="surrogateescape",
+                                  line_buffering=True)
     found = interpreters()
     python = prepare_tests(found[max(found)])
     folder = Path(tempfile.mkdtemp(prefix="vmbackup-try-"))
