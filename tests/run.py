@@ -16,6 +16,7 @@ from pathlib import Path
 from environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint, prepare_tests
 
 GROUPS = ("lint", "types", "py36", "tests")
+LINTERS = (3, 10)  # the lowest Python for which linters of today can be had
 WORKERS = 4  # of pytest, on each Python: most tests wait for a vmbackup.py and a simulator
 LIMIT = 1800  # seconds that one check may take before it is killed
 COMPILE = """
@@ -59,7 +60,7 @@ def checks(groups, found, test_on, pytest_arguments):
     sources = [str(path.relative_to(ROOT)) for path in sources]
     with ThreadPoolExecutor() as pool:
         pythons = pool.map(prepare_tests, test_on if "tests" in groups else [])
-        lint = prepare_lint(found[max(found)]) if set(groups) - {"tests"} else None
+        lint = prepare_lint(found[max(found)]) if groups - {"tests"} else None
         pythons = list(pythons)
     if "lint" in groups:
         yield Check("ruff", [lint, "-m", "ruff", "check", "."])
@@ -94,7 +95,7 @@ def run(check):
 
 def main():
     options = arguments()
-    groups = options.only or GROUPS
+    groups = set(options.only or GROUPS)
     found = interpreters()
     test_on = chosen(found, options.python)
     print("Python found here: " + ", ".join(map(dotted, found)))
@@ -103,7 +104,12 @@ def main():
     if LOWEST not in found:
         print("There is no Python 3.6 here: nothing of this run shows that vmbackup.py works on it,"
               " beyond what vermin sees.")
+    if max(found) < LINTERS:
+        print(f"The linters need Python {dotted(LINTERS)} or newer: only the tests run here.")
+        groups &= {"tests"}
     todo = list(checks(groups, found, test_on, options.pytest))
+    if not todo:
+        sys.exit("Nothing was run.")
     names = ", ".join(check.name for check in todo)
     print(f"Running: {names} (the output of each follows when it has ended)", flush=True)
 
