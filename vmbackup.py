@@ -1,0 +1,3509 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""vmbackup - backups of XenServer / XCP-ng virtual machines that are proved whole.
+
+For each chosen VM: snapshot -> stream the export into backup_dir/VM/date-time -> prove it
+whole -> write metadata, checksums and the marker `success` -> destroy the snapshot -> prune.
+
+What it promises:
+  * A folder is a backup only if it bears the marker, and the marker is made last, by one atomic
+    rename, after the export was checked, flushed to disk and renamed.
+  * The marker is made only if HTTP said 200, the stream ended, XAPI's task succeeded and the
+    archive is complete to its last byte (every disk filled, every chunk's hash right, nothing
+    after the end). HTTP and end of stream alone prove nothing: export.ml answers 200 first.
+  * Deleted on disk are only marked folders beyond max_backups and unfinished folders of this
+    program; never the newest good backup, nothing with a foreign file in it.
+  * Destroyed on the pool are only snapshots proved to be this program's: is_a_snapshot,
+    snapshot_of the VM being backed up, and our other_config key or exactly our name.
+  * One VM's failure never stops the others, and the exit status tells the worst that happened.
+  * The password appears in no output, file, mail or argument of a child.
+
+What it does not promise: that the guest's applications were quiet (snapshots are crash
+consistent), that an XVA fits an older XAPI, or anything about time: see the README.
+
+Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
+"""
+
+import base64
+import collections
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import hashlib
+import http.client
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import urllib.parse
+import warnings
+import xmlrpc.client
+import zlib
+from typing import Any
+
+__version__ = "4.0.0"
+
+MIB = 1 << 20
+NULL = "OpaqueRef:NULL"
+OUR_KEY = "vmbackup"  # in other_config of every snapshot made here
+MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
+UNFINISHED = "unfinished.partial"  # becomes the marker by rename, so a folder bears one or other
+DEFAULT_PATTERN = "backup-%Y-%m-%d-(%H:%M:%S)"
+
+
+# ============================== errors ==============================
+
+
+class BackupError(Exception):
+    """Something the user can act on; the text is one line with cause and remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(BackupError):
+    """Usage, configuration or login: nothing was started. Several lines = several mistakes."""
+
+    exit_code = 3
+
+
+class LockedError(BackupError):
+    """Another run holds the lock."""
+
+    exit_code = 4
+
+
+class ArchiveError(BackupError):
+    """The bytes are not a whole export."""
+
+
+class Interrupted(BackupError):
+    """A signal asked the program to stop."""
+
+    def __init__(self, signum):
+        super().__init__("stopped by signal %d" % signum)
+        self.exit_code = 128 + signum
+
+
+# What XAPI's error codes mean to whoever reads the log, and what to do (datamodel_errors.ml).
+ADVICE = {
+    "HANDLE_INVALID": "the object is gone: deleted, or the host's toolstack was restarted",
+    "HOST_IS_SLAVE": "this host is not the pool master: set host= to the master",
+    "HOST_STILL_BOOTING": "the host is starting or has lost its master: try again when it is up",
+    "HOST_OFFLINE": "the host is switched off or unreachable",
+    "INTERNAL_ERROR": "XAPI failed inside: look at /var/log/xensource.log on the host",
+    "LICENCE_RESTRICTION": "the pool's licence does not allow this",
+    "MESSAGE_METHOD_UNKNOWN": "this XAPI is too old for the call",
+    "NO_HOSTS_AVAILABLE": "no live host sees all storage of this VM: an unplugged storage"
+    " repository, or an ISO left in the drive? (xe vm-cd-eject)",
+    "NOT_SUPPORTED_DURING_UPGRADE": "a rolling pool upgrade is under way: run again after it",
+    "OPERATION_BLOCKED": "an administrator blocked this operation (blocked_operations of the VM)",
+    "OPERATION_NOT_ALLOWED": "XAPI does not allow this on such an object",
+    "OTHER_OPERATION_IN_PROGRESS": "something else is working on this VM: see xe task-list",
+    "RBAC_PERMISSION_DENIED": "the user lacks the role for this; root or pool-admin has it",
+    "SESSION_AUTHENTICATION_FAILED": "wrong user name or password",
+    "SESSION_INVALID": "the session ended: the host's toolstack was restarted",
+    "SR_BACKEND_FAILURE_44": "the storage repository has no space left for a snapshot",
+    "SR_BACKEND_FAILURE_46": "the storage repository could not read or attach the disk",
+    "SR_BACKEND_FAILURE_109": "the chain of snapshots is too long: delete snapshots of this VM and"
+    " let the storage repository coalesce",
+    "SR_OPERATION_NOT_SUPPORTED": "this storage repository cannot take snapshots",
+    "TASK_CANCELLED": "the task was cancelled on the host",
+    "UUID_INVALID": "there is no such object any more",
+    "VDI_IN_USE": "the disk is still attached somewhere",
+    "VDI_IO_ERROR": "the host could not read the disk: check its storage",
+    "VDI_IS_SHARABLE": "shared disks cannot be snapshotted",
+    "VDI_NOT_MANAGED": "the disk is not managed by XAPI",
+    "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "the disk is set to reset on boot",
+    "VDI_TOO_LARGE": "the disk is too large for the format (vhd ends at 2040 GiB): use raw",
+    "VM_BAD_POWER_STATE": "the VM is not in a power state that allows this",
+    "VM_HAS_VUSBS": "a VM with USB devices passed through cannot be snapshotted",
+}
+
+
+class XapiError(BackupError):
+    """A failure that XAPI reported: `code` and `params` as in its ErrorDescription."""
+
+    def __init__(self, details, doing=""):
+        details = [str(item) for item in details] or ["INTERNAL_ERROR"]
+        # From v24.34 on rbac_raise hides another handler's failure in its third element.
+        hidden = re.match(r"([A-Z][A-Z0-9_]+): \[", details[2]) if len(details) > 2 else None
+        self.code = details[0]
+        if self.code == "RBAC_PERMISSION_DENIED" and hidden:
+            self.code = hidden.group(1)
+        self.params = details[1:]
+        text = " ".join([self.code] + [item for item in self.params if item])
+        advice = ADVICE.get(self.code)
+        if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
+            advice = "the storage repository refused: look at /var/log/SMlog on the host"
+        text = text[:600] + (" (%s)" % advice if advice else "")
+        super().__init__("%s: %s" % (doing, text) if doing else text)
+
+
+class ConnectionLost(XapiError):
+    """A call or stream broke: whether the host carried it out is not known."""
+
+    def __init__(self, reason):
+        super().__init__(["CONNECTION_LOST", describe(reason)])
+        self.args = ("the connection to the host broke: %s" % describe(reason),)
+
+
+def describe(error):
+    """One line about any exception; an OSError without Python's brackets around the number."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
+        name = getattr(error, "filename", None)
+        return "%s: %s" % (name, error.strerror) if name else error.strerror
+    return str(error) or type(error).__name__
+
+
+# ============================== text ==============================
+
+
+def from_argv(arg):
+    """An argument as Unicode text: Python 3.6 decodes argv as ASCII where cron sets no locale."""
+    return os.fsencode(arg).decode("utf-8", "surrogateescape")
+
+
+def native(text):
+    """Text as the file name that Python's file functions take, UTF-8 on disk in every locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def utf8(text):
+    """UTF-8 bytes of any text, lone surrogates included (they come from broken file names)."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def printable(text):
+    """Text on one line that a terminal shows as it is: controls, bidi and surrogates escaped."""
+    with contextlib.suppress(UnicodeEncodeError):
+        # A native file name in an ASCII locale holds its UTF-8 bytes as surrogates.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(
+        "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda match: match.group().encode("unicode_escape").decode("ascii"),
+        text,
+    )
+
+
+def size_text(size):
+    """1536 MiB -> '1.5 GiB'."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return "%.*f %s" % (0 if unit == "bytes" else 1, size, unit)
+        size /= 1024.0
+    return "%.1f TiB" % size
+
+
+# ============================== settings ==============================
+
+Setting = collections.namedtuple("Setting", "name default parse about")
+Rule = collections.namedtuple("Rule", "key value name keep simple")  # a line that selects VMs
+Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: host = socket path
+
+
+def _choice(*values):
+    table = {str(value).lower(): value for value in values}
+    return lambda text: table[text.lower()]
+
+
+def _number(low, high):
+    def parse(text):
+        if not re.match(r"[0-9]{1,9}\Z", text) or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    return parse
+
+
+def _several(parse):
+    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()] or None
+
+
+def _file(text):
+    return native(text) or None
+
+
+def _fingerprint(text):
+    pin = text.replace(":", "").lower()
+    if not re.match(r"[0-9a-f]{64}\Z", pin):
+        raise ValueError
+    return pin
+
+
+def parse_host(text):
+    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket.
+
+    Raises ValueError for anything else, and for http:// to an address that is not loopback.
+    """
+    if text.startswith("/"):
+        return Address("unix", native(text), 0)
+    scheme, separator, rest = text.partition("://")
+    scheme, rest = (scheme.lower(), rest) if separator else ("https", text)
+    if rest.count(":") > 1 and not rest.startswith("["):
+        rest = "[%s]" % rest
+    url = urllib.parse.urlsplit("//" + rest)
+    host = url.hostname
+    if scheme not in ("http", "https") or not host or url.username or url.path.strip("/"):
+        raise ValueError
+    if not re.match(r"[\w.:%-]+\Z", host) or url.query or url.fragment:
+        raise ValueError
+    if scheme == "http" and not is_loopback(host):
+        raise ValueError
+    return Address(scheme, host, url.port or (443 if scheme == "https" else 80))
+
+
+def is_loopback(host):
+    """True for localhost, 127.0.0.0/8 and ::1: traffic that does not leave this machine."""
+    return host in ("localhost", "::1") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
+
+
+def _pattern(text):
+    moment = datetime.datetime(2031, 11, 23, 22, 58, 59)
+    name = moment.strftime(text)
+    if "/" in name or name.startswith(".") or "\0" in name or parse_time(name, text) != moment:
+        raise ValueError
+    return text
+
+
+def parse_time(name, pattern):
+    """The datetime that a folder name in `pattern` tells, or None for any other name."""
+    try:
+        moment = datetime.datetime.strptime(name, pattern)
+    except (ValueError, re.error, IndexError, KeyError):
+        return None
+    return moment if moment.strftime(pattern) == name else None
+
+
+_flag = _choice(True, False)
+SETTINGS = [Setting(*row) for row in (
+    ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
+    ("status_log", "/snapshots/NAUbackup/status.log", _file, "log for monitors, a line per event"),
+    ("max_backups", "4", _number(1, 10**9), "how many backups to keep of each VM: 1 or more"),
+    ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
+    ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
+    ("compress", "False", _choice("False", "True", "gzip", "zstd"),
+     "compression of a vm-export by the host: False, True or gzip, zstd"),
+    ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
+    ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
+    ("host", "localhost", _several(parse_host),
+     "XAPI host: name, address, host:port, [v6]:port, https://..., http:// to a loopback address"
+     " only; several separated by commas, tried in order. With `local`: the socket's path"),
+    ("username", "root", str, "user to log in as"),
+    ("tls_ca", "", _file, "PEM file of the CA that signed the host's certificate"),
+    ("tls_fingerprint", "", _several(_fingerprint),
+     "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
+    ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
+    ("parallel", "1", _number(1, 64), "how many VMs are exported at a time: 1 to 64"),
+    ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
+    ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
+     "name of a backup's folder: strftime, date and time to the second, no slash"),
+    ("mail_to", "", _several(str), "mail is sent when mail_to, mail_from and smtp_server are set"),
+    ("mail_from", "", str, "sender of the mail"),
+    ("smtp_server", "", str, "mail server"),
+    ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
+    ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
+    ("smtp_user", "", str, "login at the mail server"),
+    ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
+    ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
+    ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
+)]  # fmt: skip
+KNOWN = {setting.name: setting for setting in SETTINGS}
+RULE_KEYS = ("vm-export", "vdi-export", "exclude")
+
+
+class Settings:
+    """All settings as attributes, `rules` (the VM selectors in order), `warnings` that count as the
+    run's, and `notes` that do not."""
+
+    def __init__(self):
+        self.rules, self.warnings, self.notes = [], [], []
+        self.config_file = None
+        for setting in SETTINGS:
+            value = setting.parse(setting.default) if setting.default else None
+            setattr(self, setting.name, value)
+
+    def __getattr__(self, name):  # for mypy: all others are set above
+        raise AttributeError(name)
+
+
+def read_config(data, source):
+    """[(key, value, where)] of a config file's bytes; value None: a line without '='."""
+    if len(data) > MIB or b"\0" in data:
+        raise ConfigError("ERROR - %s is not a config file: binary, or over 1 MiB" % source)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): convert it, for example with"
+                          " iconv -f latin1 -t utf-8" % (source, error.start)) from None
+    pairs = []
+    for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        key, separator, value = line.partition("=")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        where = "%s line %d" % (source, number)
+        pairs.append((key.strip().lower(), value if separator else None, where))
+    return pairs
+
+
+def is_simple(name):
+    """True for a name of letters and digits of any script, space, '-' and '_' only."""
+    return all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
+
+
+def make_rule(key, value):
+    """The Rule of one vm-export=, vdi-export= or exclude= value; `:N` is read only from its end."""
+    name, keep = value, None
+    match = re.match(r"(.*):([+-]?[0-9]{1,9})\Z", value, re.DOTALL) if key != "exclude" else None
+    if match:
+        name, keep = match.group(1).rstrip(), int(match.group(2))
+        if keep < 1:
+            raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
+    # A simple name that is empty would match no VM: an empty vm-export= means all of them.
+    return Rule(key, value, name, keep, bool(name) and is_simple(name))
+
+
+def compile_rule(rule):
+    """The compiled regular expression of a Rule; ConfigError with upstream's text if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return re.compile(rule.name)
+    except (re.error, OverflowError, RecursionError):
+        raise ConfigError("***ERROR - invalid regex: %s=%s" % (rule.key, rule.value)) from None
+
+
+def make_settings(config, words):
+    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)].
+
+    Raises ConfigError with a line for each mistake: unknown name, value not allowed, bad regex.
+    """
+    settings, mistakes = Settings(), []
+    extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
+    ignore = bool(extra) and str(extra[-1]).lower() == "true"
+    for number, (key, value, where) in enumerate(config + words):
+        try:
+            if ignore and number < len(config) and key not in KNOWN and key not in RULE_KEYS:
+                settings.notes.append("ignoring config key: %s" % key)
+            elif key in RULE_KEYS and value is not None:
+                _add_rule(settings, make_rule(key, value))
+            else:
+                setattr(settings, key, _parse_setting(key, value, where))
+                if key in [earlier for earlier, _, _ in config[:number]] and number < len(config):
+                    settings.warnings.append(
+                        "***WARNING - %s: %s is given twice, the last one counts" % (where, key)
+                    )
+        except ConfigError as error:
+            mistakes.append(str(error))
+    server = settings.smtp_server or ""
+    safe = settings.smtp_starttls or settings.smtp_port == 465 or is_loopback(server)
+    if settings.smtp_user and not safe:
+        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return settings
+
+
+def _add_rule(settings, rule):
+    if not rule.name and rule.key != "vm-export":
+        settings.warnings.append("***WARNING - empty %s= is passed over" % rule.key)
+        return
+    if not rule.simple:
+        compile_rule(rule)
+    settings.rules.append(rule)
+
+
+def _parse_setting(key, value, where):
+    if value is None:
+        raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
+    if key not in KNOWN:
+        names = ", ".join(list(RULE_KEYS) + list(KNOWN))
+        raise ConfigError("ERROR - %s: unknown setting %s, allowed are %s" % (where, key, names))
+    setting = KNOWN[key]
+    if not value and not setting.default:
+        return None
+    try:
+        parsed = setting.parse(value)
+        if parsed in (None, ""):
+            raise ValueError
+        return parsed
+    except (ValueError, KeyError):
+        raise ConfigError(
+            "ERROR - %s: %s=%s is not allowed; %s" % (where, key, value, setting.about)
+        ) from None
+
+
+# ============================== selection ==============================
+
+# One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
+Choice = collections.namedtuple("Choice", "kind name refs keep rule")
+Selection = collections.namedtuple("Selection", "choices excluded left unknown_excludes unmatched")
+
+
+def select(rules, names):
+    """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
+
+    names: {name: [ref, ...]} of all candidates. Simple names come first, regular expressions do
+    not replace them, among equals the last definition counts, exclude wins, and what vdi-export
+    chose is not vm-exported. Pure; a regular expression may take long (see time_limit).
+    """
+
+    def matching(rule):
+        if rule.simple:
+            return [rule.name] if rule.name in names else []
+        match = compile_rule(rule).match
+        return [name for name in sorted(names) if match(name)]
+
+    excluded, unknown_excludes, unmatched = [], [], []
+    for rule in rules:
+        if rule.key == "exclude":
+            found = matching(rule)
+            excluded += [name for name in found if name not in excluded]
+            if not found:
+                unknown_excludes.append(rule.value)
+    hidden = set(excluded)
+    choices = []
+    for kind in ("vdi-export", "vm-export"):
+        mine = [rule for rule in rules if rule.key == kind]
+        chosen = {rule.name: rule for rule in mine if rule.simple}
+        order = list(dict.fromkeys(rule.name for rule in mine if rule.simple))
+        by_name = set(chosen)
+        for rule in mine:
+            if not rule.simple:
+                found = matching(rule)
+                if not found:
+                    unmatched.append("%s=%s" % (rule.key, rule.value))
+                for name in found:
+                    if name not in by_name:
+                        if name not in chosen:
+                            order.append(name)
+                        chosen[name] = rule
+        for name in order:
+            if name not in hidden:
+                rule = chosen[name]
+                choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
+        hidden.update(chosen)
+    taken = {choice.name for choice in choices}
+    left = sorted(name for name in names if name not in taken)
+    return Selection(choices, excluded, left, unknown_excludes, unmatched)
+
+
+@contextlib.contextmanager
+def time_limit(seconds, message):
+    """Ends what runs inside after `seconds` with ConfigError(message): the re module looks for
+    signals while it matches (sre_lib.h), so a timer stops an expression of exponential time."""
+
+    def ring(_signum, _frame):
+        raise ConfigError(message)
+
+    try:
+        before = signal.signal(signal.SIGALRM, ring)
+    except ValueError:  # not in the main thread: then there is no timer to be had
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ============================== names and retention ==============================
+
+# A folder of a VM. created: seconds since 1970, or None if its name is in no known pattern.
+Folder = collections.namedtuple("Folder", "name created marker partial")
+
+
+def folder_name(name):
+    """The file name for a VM's name: injective, at most 200 bytes, never '', '.', '..' or hidden.
+
+    '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
+    cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
+    """
+    escaped = re.sub(
+        "[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
+        lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())),
+        name,
+    )
+    data = escaped.encode("utf-8")
+    # A name that looks like a cut one is hashed too, or it could meet the longer one's folder.
+    if len(data) > 200 or (len(data) > 190 and re.search(r"~[0-9a-f]{8}\Z", escaped)):
+        kept = data[:191].decode("utf-8", "ignore")
+        kept = re.sub("%.?\\Z", "", kept)
+        return "%s~%s" % (kept, hashlib.sha256(utf8(name)).hexdigest()[:8])
+    return escaped or "%"
+
+
+def expired(folders, keep, newest=None):
+    """Names of the backups beyond the `keep` newest, oldest first. Pure.
+
+    Only marked folders with a known date count; `newest` (the one just made) is the newest
+    whatever the clock says; of keep < 1 one stays all the same.
+    """
+    good = [item for item in folders if item.marker and item.created is not None]
+    good.sort(key=lambda item: (item.name == newest, item.created, item.name))
+    return [item.name for item in good[: -max(keep, 1)]]
+
+
+def list_folders(path, patterns):
+    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out."""
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            moment = next(filter(None, (parse_time(entry.name, p) for p in patterns)), None)
+            created, marker, partial = None, None, False
+            if moment:
+                inside = os.listdir(entry.path)
+                marker = next((name for name in MARKERS if name in inside), None)
+                partial = not inside or any(name.endswith(".partial") for name in inside)
+                try:
+                    created = moment.timestamp()
+                    if marker:  # our marker tells the moment in UTC: right through DST and TZ
+                        with open(os.path.join(entry.path, marker), "rb") as file:
+                            told = re.match(rb"created=([0-9]{1,15})\n", file.read(64))
+                            created = float(told.group(1))
+                except (OSError, OverflowError, ValueError, AttributeError):
+                    pass
+            found.append(Folder(entry.name, created, marker, partial))
+    return found
+
+
+EXPORT = re.compile(r".*\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
+OWN_FILES = re.compile(
+    r"([^/]*\.(xva|xva\.gz|xva\.zst|raw|vhd)(\.partial)?|vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
+    r"success|success_(restore|compress|compressing)|unfinished\.partial|"
+    r"DISK-[^/]*(/(vbd|vdi)\.cfg)?|VIFs(/vif-[^/]*\.cfg)?)\Z",
+    re.DOTALL,
+)
+
+
+def foreign_entry(folder):
+    """The first thing in a backup's folder that no version of this program wrote, or None."""
+    for base, names, files in os.walk(folder, onerror=_raise):
+        for name in sorted(names + files):
+            path = os.path.join(base, name)
+            inside = os.path.relpath(path, folder)
+            is_folder = re.match(r"(DISK-[^/]*|VIFs)\Z", inside) is not None
+            if (
+                not OWN_FILES.match(inside)
+                or os.path.islink(path)
+                or os.path.isdir(path) != is_folder
+            ):
+                return inside
+    return None
+
+
+def _raise(error):
+    raise error
+
+
+def remove_folder(folder):
+    """Deletes a backup's folder. Its marker goes first, by rename, so that a deletion that is cut
+    short leaves what the next run knows as unfinished and never as a backup.
+
+    Raises BackupError, with nothing deleted, if it is a link or anything foreign is in it.
+    """
+    if os.path.islink(folder):
+        raise BackupError("%s is a symbolic link: left alone" % folder)
+    foreign = foreign_entry(folder)
+    if foreign:
+        raise BackupError("%s is left alone: it holds %s, which is not ours" % (folder, foreign))
+    for marker in MARKERS:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(os.path.join(folder, marker), os.path.join(folder, UNFINISHED))
+    shutil.rmtree(folder)
+
+
+# ============================== the archive checker ==============================
+#
+# A checker is fed the export's bytes in pieces of any size: feed(view) raises ArchiveError as soon
+# as the bytes cannot be a whole export, finish() raises it if they ended too early and returns what
+# was proved, as a list of phrases for log and report. Nothing here touches network or disk.
+
+
+def _error_text(view):
+    """The message for bytes where none belong; xapi appends an HTTP 500 page after a failure."""
+    text = bytes(view[:2048]).decode("utf-8", "replace")
+    if text.startswith("HTTP/1."):
+        reason = re.search(r"</h1>\s*([A-Z0-9_]+)", text)
+        return "the host broke off and appended an error page%s" % (
+            ": " + reason.group(1) if reason else ""
+        )
+    return "data after the end of the archive"
+
+
+class Xxh64:
+    """XXH64 of the system's libxxhash, with the methods of the package xxhash used here."""
+
+    def __init__(self):
+        import ctypes
+
+        self._array, self._lib = ctypes.c_char, ctypes.CDLL("libxxhash.so.0")
+        self._lib.XXH64_createState.restype = ctypes.c_void_p
+        self._lib.XXH64_digest.restype = ctypes.c_ulonglong
+        self._state = ctypes.c_void_p(self._lib.XXH64_createState())
+        self._seed, self._size = ctypes.c_ulonglong(0), ctypes.c_size_t
+        self.reset()
+
+    def __del__(self):
+        if hasattr(self, "_state"):
+            self._lib.XXH64_freeState(self._state)
+
+    def reset(self):
+        self._lib.XXH64_reset(self._state, self._seed)
+
+    def update(self, view):
+        size = len(view)
+        data = bytes(view) if view.readonly else (self._array * size).from_buffer(view)
+        self._lib.XXH64_update(self._state, data, self._size(size))
+
+    def intdigest(self):
+        return self._lib.XXH64_digest(self._state)
+
+
+def make_xxh64():
+    """A reusable XXH64, or None where neither the package xxhash nor libxxhash is to be had."""
+    try:
+        import xxhash
+
+        return xxhash.xxh64()
+    except ImportError:
+        try:
+            return Xxh64()
+        except (OSError, AttributeError):
+            return None
+
+
+class Checker:
+    """Base of all checkers."""
+
+    def close(self):
+        """Lets go of what the checker holds; harmless when called twice."""
+
+
+class XvaCheck(Checker):
+    """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
+    filled to its virtual_size, two zero blocks, then nothing but zeros.
+
+    Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
+    numbers rise but may skip (zeros) and a zero-length chunk is a keep-alive.
+    """
+
+    def __init__(self):
+        self._take, self._need = self._header, 512
+        self._held = bytearray()
+        self._member = ""
+        self._left = self._padding = 0
+        self._disks = None  # {id: virtual_size} once ova.xml was read
+        self._done = []
+        self._disk = None  # id of the disk being filled
+        self._offset = self._number = 0
+        self._unit = None  # length of the archive's first chunk: what a skipped number stands for
+        self._unhashed = None  # (name, length) of a chunk whose hash has to follow
+        self._xxh64 = make_xxh64()
+        self._sha1 = None
+        self._use_sha1 = None  # unknown until the first hash member shows its kind
+        self._hashed = self._chunks = 0
+
+    def feed(self, data):
+        view = memoryview(data)
+        while len(view):
+            if self._need:  # whole blocks and small members are gathered, chunks stream through
+                if not self._held and len(view) >= self._need:
+                    piece, view = view[: self._need], view[self._need :]
+                else:
+                    missing = self._need - len(self._held)
+                    self._held += view[:missing]
+                    view = view[missing:]
+                    if len(self._held) < self._need:
+                        return
+                    piece, self._held = memoryview(self._held), bytearray()
+                self._need = 0
+                self._take(piece)
+            elif self._left:
+                piece, view = view[: self._left], view[self._left :]
+                self._left -= len(piece)
+                self._chunk_data(piece)
+                if not self._left:
+                    self._chunk_end()
+            else:  # the archive has ended
+                if bytes(view).strip(b"\0"):
+                    raise ArchiveError(_error_text(view))
+                return
+
+    def _next(self, take, need):
+        self._take, self._need = take, need
+
+    def _header(self, block):
+        if not bytes(block).strip(b"\0"):
+            self._next(self._end_block, 512)
+            return
+        raw = bytes(block)
+        text = bytearray(raw)
+        text[148:156] = b" " * 8
+        try:
+            if sum(text) != int(raw[148:156].strip(b" \0"), 8):
+                raise ValueError
+            size = int(raw[124:136].strip(b" \0") or b"0", 8)
+            self._member = raw[:100].split(b"\0")[0].decode("utf-8")
+        except ValueError:
+            raise ArchiveError(
+                _error_text(block) if raw.startswith(b"HTTP/1.") else "no tar header in its place"
+            ) from None
+        if size < 0 or raw[156:157] not in (b"\0", b"0"):
+            raise ArchiveError("unexpected kind of member: %s" % self._member)
+        self._padding = -size % 512
+        folder, _, name = self._member.partition("/")
+        number, _, kind = name.partition(".")
+        if self._disks is None:
+            if self._member != "ova.xml" or size > 256 * MIB:
+                raise ArchiveError("the archive does not begin with ova.xml")
+            self._next(self._ova, size + self._padding)
+        elif kind in ("xxhash", "checksum") and self._unhashed:
+            if "%s/%s" % (folder, number) != self._unhashed or size > 64:
+                raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
+            self._next(functools.partial(self._hash_member, kind, size), size + self._padding)
+        elif self._unhashed:
+            raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
+        elif not kind and re.match(r"[0-9]{8,18}\Z", number):
+            self._chunk_start(folder, int(number), size)
+        else:
+            raise ArchiveError("unexpected member %r" % self._member)
+
+    def _ova(self, data):
+        self._disks = expected_disks(bytes(data[: len(data) - self._padding]))
+        self._next(self._header, 512)
+
+    def _chunk_start(self, disk, number, size):
+        if disk != self._disk:
+            self._close_disk()
+            if disk not in self._disks or disk in self._done:
+                raise ArchiveError("unexpected member %r" % self._member)
+            if number:
+                raise ArchiveError("disk %s does not begin with chunk 0" % disk)
+            self._disk, self._offset, self._number = disk, 0, -1
+        if number <= self._number:
+            raise ArchiveError("chunk %s is out of order" % self._member)
+        if self._unit is None:
+            self._unit = size
+        self._offset += self._unit * (number - self._number - 1) + size
+        self._number = number
+        if self._offset > self._disks[disk]:
+            raise ArchiveError("disk %s is longer than its virtual size" % disk)
+        self._unhashed = self._member
+        self._chunks += 1
+        if self._xxh64:
+            self._xxh64.reset()
+        self._sha1 = hashlib.sha1() if self._use_sha1 is not False else None  # noqa: S324
+        self._left = size
+        if not size:
+            self._chunk_end()
+
+    def _chunk_data(self, piece):
+        if self._xxh64:
+            self._xxh64.update(piece)
+        if self._sha1:
+            self._sha1.update(piece)
+
+    def _chunk_end(self):
+        if self._padding:
+            self._next(lambda _zeros: self._next(self._header, 512), self._padding)
+        else:
+            self._next(self._header, 512)
+
+    def _hash_member(self, kind, size, data):
+        told = bytes(data[:size]).decode("ascii", "replace")
+        if kind == "checksum":
+            self._use_sha1 = True
+            mine = self._sha1.hexdigest() if self._sha1 else None
+        else:
+            self._use_sha1 = bool(self._use_sha1)
+            mine = "%016X" % self._xxh64.intdigest() if self._xxh64 else None
+        if mine is not None:
+            if told.lower() != mine.lower():
+                raise ArchiveError("chunk %s does not match its hash" % self._unhashed)
+            self._hashed += 1
+        self._unhashed = None
+        self._next(self._header, 512)
+
+    def _close_disk(self):
+        if self._disk is not None:
+            if self._offset != self._disks[self._disk]:
+                raise ArchiveError(
+                    "disk %s ends at %d of %d bytes"
+                    % (self._disk, self._offset, self._disks[self._disk])
+                )
+            self._done.append(self._disk)
+            self._disk = None
+
+    def _end_block(self, block):
+        if bytes(block).strip(b"\0"):
+            raise ArchiveError("one zero block only before more data")
+        if self._disks is None:
+            raise ArchiveError("the archive does not begin with ova.xml")
+        if self._unhashed:
+            raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
+        self._close_disk()
+        for disk, size in self._disks.items():
+            if size and disk not in self._done:
+                raise ArchiveError("disk %s is missing" % disk)
+        self._take = None
+
+    def finish(self):
+        if self._take is not None:
+            where = self._member or "the very beginning"
+            raise ArchiveError("the archive is cut off at %s" % where)
+        proved = "archive (%d disks, %d chunks)" % (len(self._done), self._chunks)
+        if self._hashed == self._chunks:
+            return [proved, "chunk hashes"]
+        return [proved, "NOT %d chunk hashes (no libxxhash here)" % (self._chunks - self._hashed)]
+
+
+def parse_ova(data):
+    """The struct in an ova.xml: one XML-RPC value without a prolog. Raises ArchiveError."""
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+        raise ArchiveError("ova.xml is not XAPI's")
+    try:
+        value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
+        return {"version": value["version"], "objects": list(value["objects"])}
+    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
+        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
+
+
+def expected_disks(data):
+    """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold."""
+    try:
+        by_class = collections.defaultdict(dict)
+        for item in parse_ova(data)["objects"]:
+            by_class[item["class"]][item["id"]] = item["snapshot"]
+        vdis, wanted = by_class["VDI"], []
+        for vm in by_class["VM"].values():
+            wanted.append(vm.get("suspend_VDI"))
+        for vbd in by_class["VBD"].values():
+            sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
+            if vbd["type"] != "CD" and sr.get("content_type") != "iso":
+                wanted.append(vbd["VDI"])
+        return {vdi: int(vdis[vdi]["virtual_size"]) for vdi in wanted if vdi in vdis}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArchiveError("ova.xml lacks what an export has: %s" % describe(error)) from None
+
+
+class RawCheck(Checker):
+    """Proves a raw disk whole: exactly `size` bytes."""
+
+    def __init__(self, size):
+        self._size, self._seen = size, 0
+
+    def feed(self, data):
+        view = memoryview(data)
+        if not self._seen and self._size != len(view) and bytes(view[:7]) == b"HTTP/1.":
+            raise ArchiveError(_error_text(view))
+        self._seen += len(view)
+        if self._seen > self._size:
+            raise ArchiveError("more bytes than the disk's virtual size (%d)" % self._size)
+
+    def finish(self):
+        if self._seen != self._size:
+            raise ArchiveError("%d of %d bytes arrived" % (self._seen, self._size))
+        return ["size (%d bytes)" % self._size]
+
+
+class VhdCheck(Checker):
+    """Proves a dynamic VHD whole: both footers, the header, each block of the table inside the
+    file and apart from the others, nothing after the last footer (Microsoft's VHD specification).
+
+    size: the disk's virtual_size in bytes, or None to take what the footer says.
+    """
+
+    def __init__(self, size=None):
+        self._size = size
+        self._seen = 0
+        self._start = bytearray()  # first footer, header and table, as far as needed
+        self._want = 512
+        self._tail = b""
+        self._footer = b""
+        self._blocks = None
+        self._end = 0
+
+    def feed(self, data):
+        view = memoryview(data)
+        while self._want > len(self._start) and len(view) + self._seen > len(self._start):
+            begin = len(self._start) - self._seen
+            self._start += view[begin : begin + self._want - len(self._start)]
+            if len(self._start) == self._want:
+                self._parse()
+        self._seen += len(view)
+        self._tail = (self._tail + bytes(view[-512:]))[-512:]
+
+    def _parse(self):
+        start = bytes(self._start)
+        if not self._footer:
+            self._footer = self._checked(start[:512], b"conectix", 64)
+            if self._footer is None:
+                raise ArchiveError(
+                    _error_text(start) if start.startswith(b"HTTP/1.") else "no VHD footer in front"
+                )
+            header, size = (struct.unpack(">Q", start[at : at + 8])[0] for at in (16, 48))
+            if struct.unpack(">I", start[60:64])[0] != 3 or not 512 <= header <= MIB:
+                raise ArchiveError("not a whole dynamic VHD")
+            if self._size not in (None, size):
+                raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (size, self._size))
+            self._size, self._want = size, header + 1024
+        elif self._blocks is None:
+            header = self._checked(start[-1024:], b"cxsparse", 36)
+            if header is None:
+                raise ArchiveError("the VHD's header is damaged")
+            table = struct.unpack(">Q", header[16:24])[0]
+            entries, self._block = struct.unpack(">II", header[28:36])
+            needed = -(-self._size // self._block) if self._block >= 512 else entries + 1
+            if not self._want <= table <= 64 * MIB or not needed <= entries <= 16 * MIB:
+                raise ArchiveError("the VHD's header makes no sense")
+            self._table, self._blocks, self._end = table, [], table + -(-entries * 4 // 512) * 512
+            self._entries, self._want = entries, table + entries * 4
+            if self._want == len(start):
+                self._parse()
+        else:
+            bitmap = -(-self._block // 4096 // 512) * 512
+            for entry in struct.unpack(">%dI" % self._entries, start[self._table :]):
+                if entry != 0xFFFFFFFF:
+                    self._blocks.append(entry * 512)
+            self._blocks.sort()
+            for offset in self._blocks:
+                if offset < self._end:
+                    raise ArchiveError("the VHD's blocks overlap")
+                self._end = offset + bitmap + self._block
+            self._start = bytearray(self._want)  # its length still says that all of it was seen
+
+    @staticmethod
+    def _checked(block, cookie, at):
+        told = struct.unpack(">I", block[at : at + 4])[0]
+        mine = ~(sum(block) - sum(block[at : at + 4])) & 0xFFFFFFFF
+        return block if block.startswith(cookie) and told == mine else None
+
+    def finish(self):
+        if self._blocks is None or len(self._start) < self._want:
+            raise ArchiveError("the VHD is cut off at its beginning")
+        if self._tail != self._footer:
+            at = self._tail.find(b"HTTP/1.")
+            if at >= 0:
+                raise ArchiveError(_error_text(self._tail[at:]))
+            raise ArchiveError("the VHD does not end in its footer: cut off, or data after it")
+        # Up to a page of padding may stand before the last footer.
+        if not self._end <= self._seen - 512 <= self._end + 4096:
+            raise ArchiveError("the VHD's table does not fit its length")
+        return ["VHD (footers, header, %d blocks)" % len(self._blocks)]
+
+
+class GzipCheck(Checker):
+    """Feeds what a gzip stream holds to another checker; both have to end where the file does."""
+
+    def __init__(self, inner):
+        self._inner, self._gzip = inner, zlib.decompressobj(31)
+
+    def feed(self, data):
+        view = memoryview(data)
+        try:
+            while len(view):
+                if self._gzip.eof:
+                    raise ArchiveError(_error_text(view))
+                piece = self._gzip.decompress(view, MIB)
+                self._inner.feed(piece)
+                rest = self._gzip.unused_data if self._gzip.eof else self._gzip.unconsumed_tail
+                view = memoryview(rest)
+        except zlib.error as error:
+            raise ArchiveError("the gzip stream is damaged: %s" % error) from None
+
+    def finish(self):
+        with contextlib.suppress(zlib.error):
+            self._inner.feed(self._gzip.flush())  # zlib may hold back output with no input left
+        if not self._gzip.eof:
+            raise ArchiveError("the gzip stream is cut off")
+        return ["gzip"] + self._inner.finish()
+
+
+class ZstdCheck(Checker):
+    """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0."""
+
+    def __init__(self, inner, command):
+        self._inner, self._failure = inner, None
+        self._child = subprocess.Popen(  # noqa: S603
+            [command, "-dcq"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
+        )
+        self._stdout: Any = self._child.stdout  # a BufferedReader
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        buffer = memoryview(bytearray(MIB))
+        try:
+            while True:
+                count = self._stdout.readinto(buffer)
+                if not count:
+                    return
+                self._inner.feed(buffer[:count])
+        except Exception as error:
+            self._failure = error
+            self._child.kill()
+
+    def feed(self, data):
+        if self._failure:
+            raise self._failure
+        try:
+            self._child.stdin.write(data)
+        except OSError:
+            raise self._failure or ArchiveError("the zstd stream is damaged") from None
+
+    def finish(self):
+        self.close()
+        if self._failure:
+            raise self._failure
+        if self._child.returncode:
+            raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
+        return ["zstd"] + self._inner.finish()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._child.stdin.close()
+        self._reader.join()
+        self._child.stdout.close()
+        self._child.wait()
+
+
+class ZstdFrameCheck(Checker):
+    """Walks the blocks of one zstd frame without decompressing (RFC 8878): proves that the frame
+    ends where the file does, and nothing about what is in it."""
+
+    def __init__(self):
+        self._held = bytearray()
+        self._skip = 0
+        self._need, self._take = 5, self._magic
+
+    def feed(self, data):
+        view = memoryview(data)
+        while len(view):
+            if self._take is None:
+                raise ArchiveError(_error_text(view))
+            if self._skip:
+                step = min(self._skip, len(view))
+                self._skip -= step
+            else:
+                step = min(self._need - len(self._held), len(view))
+                self._held += view[:step]
+            view = view[step:]
+            while not self._skip and self._take and len(self._held) == self._need:
+                held, self._held = bytes(self._held), bytearray()
+                self._take(held)
+
+    def _magic(self, held):
+        if held[:4] != b"\x28\xb5\x2f\xfd":
+            raise ArchiveError(_error_text(held) if held == b"HTTP/" else "not a zstd stream")
+        flags = held[4]
+        single = flags >> 5 & 1
+        fields = (0 if single else 1) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
+        self._checksum = 4 * (flags >> 2 & 1)
+        self._need, self._take = fields, self._block_next
+
+    def _block_next(self, _fields):
+        self._need, self._take = 3, self._block
+
+    def _block(self, held):
+        word = int.from_bytes(held, "little")
+        kind, size = word >> 1 & 3, word >> 3
+        if kind == 3:
+            raise ArchiveError("the zstd stream is damaged")
+        self._skip = 1 if kind == 1 else size
+        if word & 1:
+            self._skip += self._checksum
+            self._need, self._take = 0, self._frame_end
+
+    def _frame_end(self, _held):
+        self._take = None
+
+    def finish(self):
+        if self._take is not None and not (self._take == self._frame_end and not self._skip):
+            raise ArchiveError("the zstd stream is cut off")
+        return ["zstd frame", "NOT the archive inside (no zstd command here)"]
+
+
+def make_checker(file_name, size=None):
+    """The checker for an export by its file name; size: virtual_size in bytes of a single disk."""
+    name = file_name[: -len(".partial")] if file_name.endswith(".partial") else file_name
+    if name.endswith(".xva"):
+        return XvaCheck()
+    if name.endswith(".xva.gz"):
+        return GzipCheck(XvaCheck())
+    if name.endswith(".xva.zst"):
+        command = shutil.which("zstd")
+        return ZstdCheck(XvaCheck(), command) if command else ZstdFrameCheck()
+    return VhdCheck(size) if name.endswith(".vhd") else RawCheck(size)
+
+
+# ============================== the XAPI client ==============================
+
+CONNECT_TIMEOUT = 30  # seconds
+CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
+SILENCE = 30  # seconds without a byte after which the host is asked how the task does
+DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
+LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
+
+
+class Stop:
+    """A request to stop by signal. Code that must not be torn apart looks at it when it can."""
+
+    def __init__(self):
+        self.signum = None
+        self.deferred = False  # False: the signal may end the main thread wherever it is
+        self.streams = set()
+
+    def handler(self, signum, _frame):
+        """The signal handler: no locks in here, it may run between any two bytecodes."""
+        self.signum = self.signum or signum
+        for stream in list(self.streams):
+            stream.abort()
+        if not self.deferred:
+            raise Interrupted(signum)
+
+    def check(self):
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def sleep(self, seconds):
+        """Waits; returns early once a stop was asked for. Signal-safe, unlike threading.Event."""
+        end = time.monotonic() + seconds
+        while not self.signum and time.monotonic() < end:
+            time.sleep(max(0, min(0.1, end - time.monotonic())))
+
+
+class UntrustedHost(BackupError):
+    """The host's certificate is not the one, or not one of those, that the settings trust."""
+
+    exit_code = 3
+
+
+class Endpoint:
+    """Where one host is reached and how it proves who it is.
+
+    pins: SHA-256 fingerprints of the certificates to accept; ca: PEM file to verify with, None
+    for the system's; verify False: no check. A loopback address needs no proof unless one is asked.
+    """
+
+    def __init__(self, address, pins=None, ca=None, verify=True):
+        self.address, self.pins, self.ca = address, pins, ca
+        self.checked = verify and bool(pins or ca or not is_loopback(address.host))
+        self._context = None
+
+    def __str__(self):
+        if self.address.scheme == "unix":
+            return self.address.host
+        host = "[%s]" % self.address.host if ":" in self.address.host else self.address.host
+        usual = {"https": 443, "http": 80}[self.address.scheme]
+        return host if self.address.port == usual else "%s:%d" % (host, self.address.port)
+
+    def open_socket(self, timeout):
+        """A connected socket, TLS done and the certificate checked: nothing was sent before that.
+
+        A dead peer is noticed by TCP keepalive within about three minutes, whatever `timeout`
+        (seconds per read or write, None for ever).
+        """
+        scheme, host, port = self.address
+        if scheme == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(host)
+            sock.settimeout(timeout)
+            return sock
+        sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8)):
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            if scheme == "https":
+                sock = self._tls(sock)
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(timeout)
+        return sock
+
+    def _tls(self, sock):
+        if self._context is None:
+            self._context = self._make_context()
+        named = self._context.check_hostname
+        try:
+            sock = self._context.wrap_socket(
+                sock, server_hostname=self.address.host if named else None
+            )
+        except ssl.SSLError as error:
+            # Python 3.6 has no SSLCertVerificationError and tells a wrong name by CertificateError.
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise UntrustedHost(self._untrusted()) from None
+            raise
+        except ssl.CertificateError:
+            raise UntrustedHost(self._untrusted()) from None
+        if self.checked and self.pins:
+            shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
+            if shown not in self.pins:
+                sock.close()
+                raise UntrustedHost(self._untrusted(shown))
+        return sock
+
+    def _make_context(self):
+        if self.checked and not self.pins:
+            context = ssl.create_default_context(cafile=self.ca)
+            # XenServer's own certificates have no key identifiers, which newer Pythons ask for.
+            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+        else:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
+            context.set_ciphers("DEFAULT:@SECLEVEL=1")
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        return context
+
+    def _untrusted(self, shown=None):
+        """One line: the fingerprint that the host shows, how to compare it and what to set."""
+        if shown is None:
+            bare = Endpoint(self.address, verify=False)
+            try:
+                with contextlib.closing(bare.open_socket(CONNECT_TIMEOUT)) as sock:
+                    shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
+            except OSError as error:
+                return "the certificate of %s is not trusted (%s)" % (self, describe(error))
+        shown = ":".join(shown[i : i + 2] for i in range(0, 64, 2)).upper()
+        return (
+            "the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it on"
+            " the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
+            " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
+            % (self, shown, shown)
+        )
+
+
+class Connection(http.client.HTTPConnection):
+    """HTTP over whatever the endpoint opens: TCP, checked TLS or the unix socket."""
+
+    def __init__(self, endpoint, timeout):
+        host = "localhost" if endpoint.address.scheme == "unix" else endpoint.address.host
+        super().__init__(host, endpoint.address.port or 80, timeout=timeout)
+        self._endpoint = endpoint
+
+    def connect(self):
+        self.sock = self._endpoint.open_socket(self.timeout)
+
+
+class Transport(xmlrpc.client.Transport):
+    """XML-RPC that never sends a call twice by itself: the stock transport does when a connection
+    drops, and VM.snapshot must not happen twice. A connection that was idle is made anew."""
+
+    user_agent = "vmbackup/" + __version__
+    accept_gzip_encoding = False
+
+    def __init__(self, endpoint, timeout=CALL_TIMEOUT):
+        super().__init__()
+        self._endpoint, self._timeout, self._used = endpoint, timeout, 0.0
+
+    def make_connection(self, host):
+        if self._connection and time.monotonic() - self._used > 5:
+            self.close()
+        if not self._connection or self._connection[0] != host:
+            self._extra_headers = []
+            self._connection = host, Connection(self._endpoint, self._timeout)
+        return self._connection[1]
+
+    def request(self, host, handler, request_body, verbose=False):
+        try:
+            return self.single_request(host, handler, request_body, verbose)
+        finally:
+            self._used = time.monotonic()
+
+
+# What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
+BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError)
+
+
+class Xapi:
+    """A logged-in session at the pool master, for one thread.
+
+    hosts: Endpoints tried in order. credentials: (user, password). log: function(text).
+    """
+
+    def __init__(self, hosts, credentials, log):
+        self._hosts, self._credentials, self._log = hosts, credentials, log
+        self._session = None
+        self.endpoint = None
+
+    def connect(self):
+        """Logs in at the first host that answers, or at the master that it names.
+
+        Raises ConfigError if the password is wrong, no host answers or none is trusted.
+        """
+        import XenAPI
+
+        # A session that a lost connection left behind is still counted by the host.
+        old, self._session = self._session and self._session.handle, None
+        reasons = []
+        for endpoint in self._hosts:
+            for _hop in range(3):
+                transport = Transport(endpoint)
+                session = XenAPI.Session("http://xapi", transport=transport)
+                try:
+                    session.login_with_password(*self._credentials, "1.0", "vmbackup")
+                    self._session, self.endpoint = session, endpoint
+                    if old:
+                        with contextlib.suppress(Exception):
+                            session.session.logout(old)
+                    return
+                except XenAPI.Failure as failure:
+                    error = XapiError(failure.details)
+                    if error.code == "HOST_IS_SLAVE" and error.params:
+                        endpoint = self._master(endpoint, error.params[0])
+                        continue
+                    if error.code == "SESSION_AUTHENTICATION_FAILED":
+                        raise ConfigError(
+                            "ERROR - login failed at %s: wrong user name or password for %s (a"
+                            " password file has to exist to be read)"
+                            % (endpoint, self._credentials[0])
+                        ) from None
+                    reasons.append("%s: %s" % (endpoint, error))
+                except (BackupError, xmlrpc.client.Error) as error:
+                    reasons.append("%s: %s" % (endpoint, error))
+                except BROKEN as error:
+                    reasons.append("%s: %s" % (endpoint, describe(error)))
+                finally:
+                    if self._session is not session:
+                        transport.close()
+                break
+        raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
+
+    def _master(self, slave, told):
+        """The Endpoint of the master that a slave names: an address, as a rule without a port."""
+        base = next((host for host in self._hosts if host.address.scheme != "unix"), slave)
+        try:
+            address = parse_host(told)
+        except ValueError:
+            raise ConfigError("ERROR - the host names %r as its master" % told) from None
+        if not re.search(r"\]:\d+\Z|^[^:]*:\d+\Z", told):
+            address = address._replace(port=slave.address.port or 443)
+        if is_loopback(address.host) and is_loopback(slave.address.host):
+            address = address._replace(scheme=slave.address.scheme)
+        elif slave.address.scheme == "http":
+            address = address._replace(port=443)
+        self._log("%s is not the pool master, going on to %s" % (slave, told))
+        return Endpoint(address, base.pins, base.ca, self._verify)
+
+    @property
+    def _verify(self):
+        return all(host.checked or is_loopback(host.address.host) for host in self._hosts)
+
+    @property
+    def handle(self):
+        """The session reference; it changes when XenAPI logs in anew."""
+        return self._session.handle
+
+    def call(self, method, *args):
+        """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
+
+        Only a call that reads, or that the host refused unexecuted, is ever sent again.
+        """
+        import XenAPI
+
+        for last in (False, True):
+            try:
+                if self._session is None:
+                    self.connect()
+                return self._session.xenapi_request(method, args)
+            except XenAPI.Failure as failure:
+                error = XapiError(failure.details, method)
+                if error.code != "HOST_IS_SLAVE" or last:
+                    raise error from None
+            except (xmlrpc.client.Fault, xmlrpc.client.ResponseError) as fault:
+                raise XapiError(["SESSION_INVALID", describe(fault)], method) from None
+            except BROKEN as error:
+                if last or ".get_" not in method:
+                    raise ConnectionLost(error) from None
+            self._log("lost the host, logging in again")
+            try:
+                self.connect()
+            except ConfigError as error:
+                raise ConnectionLost(error) from None
+        raise AssertionError("unreachable")
+
+    def ask(self, method, *args):
+        """The same for another thread than the owner's: on a connection of its own, never a login,
+        and with a short timeout. Raises BackupError."""
+        import XenAPI
+
+        transport = Transport(self.endpoint, SILENCE)
+        session = XenAPI.Session("http://xapi", transport=transport)
+        session._session = self.handle
+        try:
+            return session.xenapi_request(method, args)
+        except XenAPI.Failure as failure:
+            raise XapiError(failure.details) from None
+        except BROKEN + (xmlrpc.client.Error,) as error:
+            raise ConnectionLost(error) from None
+        finally:
+            transport.close()
+
+    def where(self, kind, expression):
+        """{ref: record} of the objects of a class that the host's filter lets through, or None
+        where it has no such filter (db_filter_parse.mly; hidden but stable, xe uses it)."""
+        try:
+            return self.call(kind + ".get_all_records_where", expression)
+        except ConnectionLost:
+            raise
+        except XapiError:
+            return None
+
+    def records(self, kind, refs):
+        """{ref: record} of the refs that exist, in one call where the host filters."""
+        refs = [ref for ref in dict.fromkeys(refs) if ref != NULL]
+        found = {}
+        if len(refs) > 1:
+            for start in range(0, len(refs), 1000):  # a request may have 300 KiB
+                clauses = ['field "_ref"="%s"' % ref for ref in refs[start : start + 1000]]
+                found.update(self.where(kind, " or ".join(clauses)) or {})
+        for ref in refs:
+            if ref not in found:
+                try:
+                    found[ref] = self.call(kind + ".get_record", ref)
+                except ConnectionLost:
+                    raise
+                except XapiError as error:
+                    if error.code != "HANDLE_INVALID":
+                        raise
+        return {ref: found[ref] for ref in refs if ref in found}
+
+    def vbds(self, vms):
+        """{ref: record} of the VBDs of these VMs."""
+        expression = " or ".join('field "VM"="%s"' % ref for ref in vms)
+        found = self.where("VBD", expression)
+        if found is None:
+            found = self.call("VBD.get_all_records")
+        return {ref: vbd for ref, vbd in found.items() if vbd["VM"] in set(vms)}
+
+    def run_task(self, stop, method, *args):
+        """Runs Async.method to its end and returns the ref that is its result.
+
+        When a stop is asked for, the task is cancelled; if it ended well all the same its result
+        is returned, so that the caller can undo it. Gives up after an hour.
+        """
+        task = self.call("Async." + method, *args)
+        deadline, pause, asked = time.monotonic() + 3600, 0.02, False
+        try:
+            while True:
+                record = self.call("task.get_record", task)
+                if record["status"] not in ("pending", "cancelling"):
+                    break
+                if stop.signum and not asked:
+                    asked, deadline = True, time.monotonic() + 60
+                    with contextlib.suppress(XapiError):
+                        self.call("task.cancel", task)
+                if time.monotonic() > deadline:
+                    stop.check()
+                    raise XapiError(["TASK_TIMEOUT"], "%s did not end within an hour" % method)
+                time.sleep(pause) if asked else stop.sleep(pause)
+                pause = min(pause * 1.5, 2)
+        finally:
+            with contextlib.suppress(XapiError):
+                self.call("task.destroy", task)
+        if record["status"] != "success":
+            stop.check()
+            raise XapiError(record["error_info"] or ["TASK_CANCELLED"], method)
+        return re.sub(r"</?value>", "", record["result"]).strip()  # Async wraps it in XML
+
+    def member(self, address):
+        """The Endpoint of another pool member, its certificate vouched for by the pool itself
+        (host.get_server_certificate) over this connection, which is trusted already."""
+        mine = self.endpoint
+        if address == mine.address:
+            return mine
+        if mine.checked or mine.address.scheme == "unix":
+            with contextlib.suppress(XapiError, ValueError):
+                for ref, host in self.call("host.get_all_records").items():
+                    if parse_host(host["address"]).host == address.host:
+                        pem = self.call("host.get_server_certificate", ref)
+                        der = ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")
+                        return Endpoint(address, [hashlib.sha256(der).hexdigest()])
+        return Endpoint(address, mine.pins, mine.ca, self._verify)
+
+    def master(self):
+        """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
+        are forwarded and streams are not."""
+        if self.endpoint.address.scheme == "unix":
+            with contextlib.suppress(XapiError, StopIteration):
+                master = next(iter(self.call("pool.get_all_records").values()))["master"]
+                if self.call("session.get_this_host", self.handle) != master:
+                    host = self.call("host.get_record", master)
+                    return self.member(Address("https", host["address"], 443))
+        return self.endpoint
+
+    def close(self):
+        """Logs out; never raises."""
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(Exception):
+                session.xenapi_request("session.logout", ())
+
+
+class Stream:
+    """The body of an HTTP GET: `status`, `headers`, then readinto() until it returns 0.
+
+    requests speaks HTTP, over a socket that the Endpoint opened and checked; nothing of the
+    environment (proxies, netrc, CA bundles) has a say, and no redirect is followed by itself.
+    """
+
+    def __init__(self, endpoint, stop, what):
+        self._endpoint, self._stop, self._sock, self._response = endpoint, stop, None, None
+        self.what = what  # for progress: what is being streamed
+        self.received = 0
+        self.touched = self.answered = self.started = time.monotonic()
+        self.expected, self.progress = 0, 0.0
+        self.reason = None  # why it was aborted
+
+    def open(self, path, query):
+        """Sends the request and waits for the head, however long the host takes."""
+        import requests
+        import urllib3
+
+        outer = self
+
+        class Direct(urllib3.connection.HTTPConnection):
+            def connect(self):
+                self.sock = outer._sock = outer._endpoint.open_socket(None)
+
+        class Adapter(requests.adapters.HTTPAdapter):
+            def get_connection_with_tls_context(self, *_args, **_options):
+                pool = urllib3.HTTPConnectionPool("xapi")
+                pool.ConnectionCls = Direct
+                return pool
+
+            get_connection = get_connection_with_tls_context  # its name before requests 2.32
+
+        self._stop.streams.add(self)
+        self._stop.check()
+        with requests.Session() as session:
+            session.trust_env = False
+            session.mount("http://", Adapter())
+            self._response = session.get(
+                "http://xapi" + path,
+                params=query,
+                stream=True,
+                allow_redirects=False,
+                headers={"Accept-Encoding": "identity", "User-Agent": Transport.user_agent},
+            )
+        self.touched = time.monotonic()
+        self.status, self.headers = self._response.status_code, self._response.headers
+        raw = self._response.raw
+        # http.client's readinto fills the buffer without a copy; urllib3 1.26's own makes two.
+        self._body = raw._fp if hasattr(getattr(raw, "_fp", None), "readinto") else raw
+        return self
+
+    def readinto(self, view):
+        try:
+            count = self._body.readinto(view)
+        except BROKEN + (ValueError,) as error:
+            raise ConnectionLost(error) from None
+        self.received += count
+        self.touched = time.monotonic()
+        return count
+
+    def text(self):
+        """The start of the body, for an error page."""
+        self._sock.settimeout(CONNECT_TIMEOUT)
+        buffer = bytearray(16384)
+        with contextlib.suppress(BackupError):
+            return bytes(buffer[: self.readinto(memoryview(buffer))]).decode("utf-8", "replace")
+        return ""
+
+    def abort(self, reason=None):
+        """Ends a read that is under way in whatever thread; from a signal handler too."""
+        self.reason = self.reason or reason
+        sock = self._sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # not SSLSocket's: that would go on in clear text
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self):
+        self._stop.streams.discard(self)
+        if self._response is not None:
+            self._response.close()
+        if self._sock is not None:
+            self._sock.close()
+
+
+class Watch(threading.Thread):
+    """Looks after the open streams: asks the host about a silent one, aborts a dead one, and tells
+    `show(streams)` once a second how far they are."""
+
+    def __init__(self, show):
+        super().__init__(name="watch", daemon=True)
+        self._show, self._end = show, threading.Event()
+        self._watched = {}
+
+    @contextlib.contextmanager
+    def over(self, stream, xapi, task):
+        self._watched[stream] = (xapi, task)
+        try:
+            yield
+        finally:
+            self._watched.pop(stream, None)
+
+    def run(self):
+        while not self._end.wait(1):
+            watched = list(self._watched.items())
+            for stream, (xapi, task) in watched:
+                now = time.monotonic()
+                if now - max(stream.touched, stream.answered) > SILENCE:
+                    self._ask(stream, xapi, task)
+            self._show([stream for stream, _ in watched])
+
+    def _ask(self, stream, xapi, task):
+        asked = time.monotonic()
+        try:
+            record = xapi.ask("task.get_record", task)
+            stream.progress, pending = float(record["progress"]), record["status"] == "pending"
+            stream.answered = time.monotonic()
+        except ConnectionLost:
+            pending = True
+            if asked - max(stream.touched, stream.answered) > DEAD_AFTER:
+                stream.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
+        except BackupError:
+            pending, stream.answered = False, time.monotonic()
+        if not pending and asked - stream.touched > LINGER:
+            stream.abort("the task has ended but the stream stays open and silent")
+
+    def end(self):
+        self._end.set()
+        if self.is_alive():
+            self.join()
+
+
+def open_export(xapi, stop, watch, path, query, what, endpoint=None):
+    """Opens an HTTP handler of XAPI with a task of its own: (Stream, task). The caller closes the
+    stream and destroys the task. Follows redirects to pool members and logs in anew once after 401.
+
+    Raises XapiError with the task's own reason where the host gives one.
+    """
+    endpoint, path_query, renewed, hops = endpoint or xapi.endpoint, None, False, 0
+    task = xapi.call("task.create", "vmbackup: " + what, "")
+    stream = None
+    try:
+        while True:
+            stop.check()
+            if path_query is None:
+                full = dict(query, session_id=xapi.handle, task_id=task)
+            stream = Stream(endpoint, stop, what)
+            try:
+                with watch.over(stream, xapi, task):
+                    stream.open(*(path_query or (path, full)))
+            except BROKEN as error:
+                stop.check()
+                raise task_failure(xapi, task) or ConnectionLost(stream.reason or error) from None
+            if stream.status == 200:
+                return stream, task
+            text, location = stream.text(), stream.headers.get("Location", "")
+            stream.close()
+            if stream.status == 401 and not renewed:
+                renewed, path_query, endpoint = True, None, xapi.endpoint
+                xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
+                with contextlib.suppress(XapiError):
+                    xapi.call("task.destroy", task)
+                task = xapi.call("task.create", "vmbackup: " + what, "")
+            elif stream.status in (301, 302, 307, 308) and location and hops < 5:
+                hops += 1
+                url = urllib.parse.urlsplit(location)
+                try:
+                    endpoint = xapi.member(parse_host("%s://%s" % (url.scheme, url.netloc)))
+                except ValueError:
+                    raise XapiError(["REDIRECT", location.split("?")[0]], "not followed") from None
+                path_query = (url.path + "?" + url.query, None)
+            elif stream.status == 302:
+                raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
+            else:
+                failure = task_failure(xapi, task)
+                told = re.search(r"</h1>\s*([A-Z0-9_]+)(?:: \[ ?(.*?) ?\])?", text, re.DOTALL)
+                details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
+                raise failure or XapiError(
+                    details or ["HTTP_%d" % stream.status], "the host answered %d" % stream.status
+                )
+    except BaseException:
+        if stream is not None:
+            stream.close()
+        with contextlib.suppress(BackupError):
+            xapi.call("task.destroy", task)
+        raise
+
+
+def close_export(xapi, stream, task):
+    """Ends what open_export began; never raises."""
+    stream.close()
+    with contextlib.suppress(BackupError):
+        xapi.call("task.destroy", task)
+
+
+def task_failure(xapi, task):
+    """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
+    task of an early failure may stay pending for ever, see xapi_http.ml)."""
+    with contextlib.suppress(XapiError):
+        for pause in (0, 0.2, 0.8, 2):
+            time.sleep(pause)
+            record = xapi.call("task.get_record", task)
+            if record["status"] in ("failure", "cancelled"):
+                return XapiError(record["error_info"] or ["TASK_CANCELLED"])
+    return None
+
+
+def task_verdict(xapi, stop, task):
+    """Whether the export's task ended well: True, or None if the task is gone (unknown). Raises
+    XapiError if it failed, was cancelled or does not end within a minute of the stream's end."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            record = xapi.call("task.get_record", task)
+        except ConnectionLost:
+            raise
+        except XapiError as error:
+            if error.code == "HANDLE_INVALID":
+                return None
+            raise
+        if record["status"] == "success":
+            return True
+        if record["status"] in ("failure", "cancelled"):
+            raise XapiError(record["error_info"] or ["TASK_CANCELLED"], "the export's task failed")
+        if time.monotonic() > deadline:
+            raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
+        stop.check()
+        stop.sleep(0.3)
+
+
+# ============================== from stream to disk ==============================
+
+BUFFER = 512 * 1024
+BUFFERS = 12
+SYNC_EVERY = 64 * MIB
+
+
+class FileWriter:
+    """Writes a new file of mode 0600 and keeps the host's page cache clean of it.
+
+    Every 64 MiB a helper thread flushes what was written and drops it from the cache, so that at
+    most two such windows are dirty: the file is not read again, dom0's memory is small, and the
+    final fsync has little left to do. Measured fastest of six ways (see tests/benchmark.py).
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        self._written = self._synced = 0
+        self._windows = queue.Queue(1)
+        self._error = None
+        self._helper = threading.Thread(target=self._flush, daemon=True)
+        self._helper.start()
+
+    def write(self, view):
+        if self._error:
+            raise self._error
+        while len(view):
+            count = os.write(self._fd, view)
+            view = view[count:]
+            self._written += count
+        if self._written - self._synced >= SYNC_EVERY:
+            self._windows.put((self._synced, self._written - self._synced))
+            self._synced = self._written
+
+    def _flush(self):
+        for start, length in iter(self._windows.get, None):
+            if self._error is None:
+                try:
+                    os.fdatasync(self._fd)
+                    os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
+                except OSError as error:
+                    self._error = error
+
+    def close(self, keep):
+        """Ends the file; with `keep` it is safely on disk afterwards, or OSError is raised."""
+        if self._fd is None:
+            return
+        self._windows.put(None)
+        self._helper.join()
+        fd, self._fd = self._fd, None
+        try:
+            if keep:
+                if self._error:
+                    raise self._error
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+class Consumer(threading.Thread):
+    """Takes filled buffers in a thread of its own; keeps its first error and drains after it."""
+
+    def __init__(self, take):
+        super().__init__(daemon=True)
+        self._take, self.inbox, self.error = take, queue.Queue(), None
+        self.start()
+
+    def run(self):
+        for view, release in iter(self.inbox.get, None):
+            if self.error is None:
+                try:
+                    self._take(view)
+                except Exception as error:
+                    self.error = error
+            release()
+
+
+def pump(readinto, *takers):
+    """Reads to the end into reused buffers and gives each piece to all takers, each in a thread of
+    its own, while the next piece is read: network, hash, check and disk overlap (all release the
+    GIL). Memory is bounded by BUFFERS * BUFFER bytes. Raises the first error of reader or takers.
+    """
+    free = queue.Queue()
+    for _ in range(BUFFERS):
+        free.put(memoryview(bytearray(BUFFER)))
+    consumers = [Consumer(take) for take in takers]
+    try:
+        while not any(consumer.error for consumer in consumers):
+            buffer = free.get()
+            count = readinto(buffer)
+            if not count:
+                break
+            done = iter([None] * (len(consumers) - 1))  # next() is atomic: the last taker frees
+
+            def release(done=done, buffer=buffer):
+                try:
+                    next(done)
+                except StopIteration:
+                    free.put(buffer)
+
+            for consumer in consumers:
+                consumer.inbox.put((buffer[:count], release))
+    finally:
+        for consumer in consumers:
+            consumer.inbox.put(None)
+        for consumer in consumers:
+            consumer.join()
+    for consumer in consumers:
+        if consumer.error:
+            raise consumer.error
+
+
+def sync_folder(path):
+    """Makes new names in a folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it (CIFS)
+            raise
+    finally:
+        os.close(fd)
+
+
+class Lock:
+    """An exclusive lock on a VM's folder: flock on backup_dir/.NAME.lock, which the kernel lets go
+    when the process dies, and which holds between the hosts of an NFS share. The file is removed
+    at the end. supported is False where the file system has no locks."""
+
+    def __init__(self, backup_dir, name):
+        path = os.path.join(backup_dir, native(".%s.lock" % name))
+        self._path, self.supported = path, True
+        while True:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    os.close(self._fd)
+                    raise LockedError("another run holds the lock of %s" % name) from None
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                    os.close(self._fd)
+                    raise
+                self.supported = False
+                return
+            try:  # the holder before may have removed the file between our open and our lock
+                if os.path.samestat(os.fstat(self._fd), os.stat(path)):
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(self._fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        with contextlib.suppress(OSError):
+            if self.supported:
+                os.unlink(self._path)
+        os.close(self._fd)
+
+
+# ============================== the backup of one VM ==============================
+
+# A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
+Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+
+
+def list_disks(vbds, vdis):
+    """The Disks among VBD records (CDs and empty drives are none), by userdevice."""
+    found = []
+    for vbd in vbds:
+        vdi = vdis.get(vbd["VDI"])
+        if vbd["type"] == "Disk" and vdi:
+            label = vbd["device"] or vbd["userdevice"]
+            found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
+    return sorted(found, key=lambda disk: disk.vbd["userdevice"].zfill(4))
+
+
+def first_disk(disks):
+    """The disk that vdi-export takes: xvda, hda or sda, else userdevice 0 (a VM that never ran)."""
+    for device in ("xvda", "hda", "sda"):
+        for disk in disks:
+            if disk.vbd["device"] == device:
+                return disk
+    return next((disk for disk in disks if disk.vbd["userdevice"] == "0"), None)
+
+
+def export_file(settings, choice):
+    """The file name of a VM's export, as text."""
+    suffix = {"False": "xva", "zstd": "xva.zst"}.get(settings.compress, "xva.gz")
+    if choice.kind == "vdi-export":
+        suffix = settings.vdi_export_format
+    return "%s.%s" % (folder_name(choice.name), suffix)
+
+
+def expected_size(kind, settings, disks, last):
+    """Bytes that a backup will probably need: a raw disk's virtual size, else the size of the last
+    backup of the same form (`last`, or None), else what the disks occupy on their storage."""
+    if kind == "vdi-export":
+        disk = first_disk(disks)
+        disks = [disk] if disk else []
+        if settings.vdi_export_format == "raw":
+            return sum(int(disk.vdi["virtual_size"]) for disk in disks)
+    if last is not None:
+        return last
+    total = 0
+    for disk in disks:
+        if not disk.left_out:
+            size, used = int(disk.vdi["virtual_size"]), int(disk.vdi["physical_utilisation"])
+            total += min(size, used) if used > 0 else size
+    return total
+
+
+def is_ours(snapshot, source_ref, source, our_name):
+    """Whether this program made a snapshot (of a VM or VDI): our exact name or our key.
+
+    other_config is copied with every snapshot, and comes back with a restored VM, so a key that
+    tells another snapshot's uuid, or that the source bears as well, was inherited and proves
+    nothing about this one.
+    """
+    if not snapshot["is_a_snapshot"] or snapshot["snapshot_of"] != source_ref:
+        return False
+    tag = snapshot["other_config"].get(OUR_KEY)
+    if snapshot["name_label"] == our_name or tag == snapshot["uuid"]:
+        return True
+    inherited = tag == source["other_config"].get(OUR_KEY)
+    return tag is not None and not inherited and not UUID.match(tag)
+
+
+def indent_xml(text):
+    """The same XML with a line for each element; text inside an element is not touched."""
+    lines, depth, previous = [], 0, ""
+    for token in re.findall("<[^>]*>|[^<]+", text):
+        if token.startswith("</"):
+            depth -= 1
+            inline = not previous.startswith("</") and not previous.endswith("/>")
+        elif token.startswith("<"):
+            inline = False
+        else:
+            inline = previous.startswith("<") and not previous.startswith("</")
+            if not inline or previous.endswith("/>"):
+                continue
+        if inline:
+            lines[-1] += token
+        else:
+            lines.append("  " * depth + token)
+        if token.startswith("<") and token[1] not in "/?!" and not token.endswith("/>"):
+            depth += 1
+        previous = token
+    return "\n".join(lines) + "\n"
+
+
+class Outcome:
+    """What became of one VM (or the pool database): for log, status log, mail and report."""
+
+    def __init__(self, kind, name):
+        self.kind, self.name = kind, name
+        self.uuid = self.folder = self.file = self.error = None
+        self.status = "ERROR"  # upstream's word for the step that is under way
+        self.bytes, self.seconds = 0, 0.0
+        self.checks, self.warnings, self.pruned = [], [], []
+        self.locked = False
+
+
+class VmBackup:
+    """One VM's backup. `run` gives settings, log, stop, watch, patterns and the reserved space."""
+
+    def __init__(self, run, xapi, choice):
+        self.run, self.xapi, self.choice = run, xapi, choice
+        self.settings, self.stop = run.settings, run.stop
+        self.name, self.file_name = folder_name(choice.name), export_file(run.settings, choice)
+        self.vm_dir = os.path.join(self.settings.backup_dir, native(self.name))
+        self.outcome = Outcome(choice.kind, choice.name)
+        self.folder, self.made_vm_dir = None, False
+        self.sums = []  # (file below the folder, SHA-256)
+        self.vm_ref = self.vm = None
+        self.disks = []
+
+    def log(self, text):
+        self.run.log("%s: %s" % (self.choice.name, text))
+
+    def warn(self, text):
+        self.outcome.warnings.append(text)
+        self.log("WARNING %s" % text)
+
+    def back_up(self):
+        """Does it all and returns the Outcome; an error is in it, only programming errors of the
+        run itself get out."""
+        outcome, begin = self.outcome, time.monotonic()
+        try:
+            self._checklist()
+        except LockedError as error:
+            outcome.error, outcome.locked, outcome.status = str(error), True, "ERROR locked"
+        except BackupError as error:
+            outcome.error = str(error)
+        except OSError as error:
+            outcome.error = describe(error)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            outcome.error = "internal error, please report it: %s at line %d: %s" % (
+                type(error).__name__, trace.tb_lineno, describe(error),
+            )  # fmt: skip
+        outcome.seconds = time.monotonic() - begin
+        return outcome
+
+    def _checklist(self):
+        if len(self.choice.refs) != 1:
+            self.outcome.status = "ERROR verify_vm_name"
+            several = "%d VMs bear this name: rename all but one"
+            raise BackupError(
+                several % len(self.choice.refs) if self.choice.refs else "no VM bears this name"
+            )
+        keep = self.choice.keep or self.settings.max_backups
+        with Lock(self.settings.backup_dir, self.name) as lock:
+            if not lock.supported:
+                self.warn("this file system has no locks: never run two backups into it at once")
+            self._look_up_vm()
+            existing = self._make_vm_folder()
+            try:
+                self._remove_leftover_snapshots()
+                self._remove_unfinished(existing)
+                if self.settings.pre_clean:
+                    self._prune(max(keep - 1, 1))
+                expected = self._check_space(existing)
+                with self.run.reserve(self.choice.name, expected):
+                    self._make_folder()
+                    if self.choice.kind == "vm-export":
+                        self._export_vm(expected)
+                    else:
+                        self._export_vdi(expected)
+            except BaseException:
+                self._discard()
+                raise
+            if self.outcome.folder:
+                self._prune(keep, newest=os.path.basename(self.folder))
+
+    # --- before the snapshot ---
+
+    def _look_up_vm(self):
+        self.vm_ref = self.choice.refs[0]
+        try:
+            self.vm = self.xapi.call("VM.get_record", self.vm_ref)
+        except XapiError as error:
+            if error.code == "HANDLE_INVALID":
+                raise BackupError("the VM was deleted since this run began") from None
+            raise
+        self.outcome.uuid = self.vm["uuid"]
+        if self.vm["name_label"] != self.choice.name:
+            self.warn("the VM is now called %s" % self.vm["name_label"])
+        vbds = list(self.xapi.vbds([self.vm_ref]).values())
+        vdis = self.xapi.records("VDI", [vbd["VDI"] for vbd in vbds])
+        self.disks = list_disks(vbds, vdis)
+        for disk in self.disks:
+            if disk.left_out:
+                self.log("disk %s (%s) is left out" % (disk.label, disk.vdi["name_label"]))
+        self.log("is %s, %d disks" % (self.vm["power_state"].lower(), len(self.disks)))
+
+    def _make_vm_folder(self):
+        if os.path.islink(self.vm_dir):
+            raise BackupError("%s is a symbolic link: refused" % self.vm_dir)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.vm_dir, 0o700)
+            self.made_vm_dir = True
+        # On a file system that takes a and A for the same it may be another VM's.
+        if native(self.name) not in os.listdir(self.settings.backup_dir):
+            raise BackupError("%s belongs to a VM whose name differs only in case" % self.vm_dir)
+        return list_folders(self.vm_dir, self.run.patterns)
+
+    def _remove_leftover_snapshots(self):
+        """What a killed run left on the pool, and nothing else."""
+        for ref, record in self.xapi.records("VM", self.vm["snapshots"]).items():
+            if is_ours(record, self.vm_ref, self.vm, "RESTORE_" + self.choice.name):
+                self.log("removing the leftover snapshot %s" % record["uuid"])
+                self._destroy("VM", ref, self.vm_ref)
+        for disk in self.disks:
+            for ref, record in self.xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
+                if is_ours(record, disk.ref, disk.vdi, self._vdi_snapshot_name(disk)):
+                    self.log("removing the leftover VDI snapshot %s" % record["uuid"])
+                    self._destroy("VDI", ref, disk.ref)
+
+    def _remove_unfinished(self, existing):
+        for item in existing:
+            path = os.path.join(self.vm_dir, item.name)
+            if item.created is None or not (item.marker or item.partial):
+                self.log("%s is no backup of this program: left alone" % item.name)
+            elif not item.marker:
+                self.log("removing the unfinished backup %s" % item.name)
+                self._try_remove(path)
+
+    def _try_remove(self, path):
+        try:
+            remove_folder(path)
+            return True
+        except (OSError, BackupError) as error:
+            self.warn("%s could not be removed: %s" % (os.path.basename(path), describe(error)))
+            return False
+
+    def _prune(self, keep, newest=None):
+        for name in expired(list_folders(self.vm_dir, self.run.patterns), keep, newest):
+            self.log("deleting the oldest backup %s" % name)
+            if self._try_remove(os.path.join(self.vm_dir, name)):
+                self.outcome.pruned.append(name)
+
+    def _check_space(self, existing):
+        last = last_size(self.vm_dir, existing, self.file_name)
+        expected = expected_size(self.choice.kind, self.settings, self.disks, last)
+        if self.settings.space_check:
+            self.outcome.status = "ERROR space"
+            check_space(self.settings.backup_dir, expected, self.run.reserved())
+            self.outcome.status = "ERROR"
+        return expected
+
+    def _make_folder(self):
+        moment = datetime.datetime.now()
+        while True:
+            name = moment.strftime(self.settings.backup_dir_pattern)
+            self.folder = os.path.join(self.vm_dir, native(name))
+            try:
+                os.mkdir(self.folder, 0o700)
+                break
+            except FileExistsError:  # two runs in one second, or a clock that was set back
+                moment += datetime.timedelta(seconds=1)
+        self._write_file(UNFINISHED, "", listed=False)
+        self.log("new backup folder %s" % self.folder)
+
+    def _discard(self):
+        """After a failure: our unfinished folder goes, what was there before stays."""
+        if self.folder and not self.outcome.folder:
+            self._try_remove(self.folder)
+        if self.made_vm_dir:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.vm_dir)  # succeeds on an empty folder only
+
+    # --- snapshot and export ---
+
+    def _export_vm(self, expected):
+        snapshot = None
+        self.outcome.status = "SNAPSHOT-FAIL"
+        left_out = [disk.ref for disk in self.disks if disk.left_out]
+        try:
+            snapshot = self._snapshot_vm(left_out)
+            self.stop.check()
+            self.outcome.status = "TEMPLATE-PARAM-SET-FAIL"
+            record = self._prepare("VM", snapshot)
+            if record["is_a_template"]:  # or an import of the XVA would give a template
+                self.xapi.call("VM.set_is_a_template", snapshot, False)
+            if record["ha_restart_priority"]:
+                self.xapi.call("VM.set_ha_restart_priority", snapshot, "")
+            self.outcome.status = "VM-EXPORT-FAIL"
+            disks = self._metadata(snapshot, record)
+            for disk in disks:
+                if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
+                    self._destroy("VDI", disk.ref, disk.vdi["snapshot_of"])
+            query = {"ref": snapshot}
+            if self.settings.compress != "False":
+                query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
+            checker = make_checker(self.file_name)
+            self._stream("/export", query, checker, expected)
+        finally:
+            if snapshot:
+                self._destroy("VM", snapshot, self.vm_ref)
+
+    def _snapshot_vm(self, left_out):
+        arguments = [self.vm_ref, "RESTORE_" + self.choice.name]
+        try:
+            try:
+                options = [left_out] if left_out else []
+                ref = self.xapi.run_task(self.stop, "VM.snapshot", *(arguments + options))
+            except XapiError as error:
+                if error.code != "MESSAGE_PARAMETER_COUNT_MISMATCH" or not left_out:
+                    raise
+                ref = self.xapi.run_task(self.stop, "VM.snapshot", *arguments)
+        except BackupError:
+            # Whether it came to be is unknown if the connection broke: look, and clean up.
+            with contextlib.suppress(BackupError):
+                self.vm = self.xapi.call("VM.get_record", self.vm_ref)
+                self._remove_leftover_snapshots()
+            raise
+        self.log("snapshot RESTORE_%s taken" % self.choice.name)
+        return ref
+
+    def _vdi_snapshot_name(self, disk):
+        return ("SNAP_%s_%s" % (self.choice.name, disk.vdi["name_label"])).replace(" ", "-")
+
+    def _export_vdi(self, expected):
+        self.outcome.status = "ERROR xvda-uuid not found"
+        disk = first_disk(self.disks)
+        if disk is None:
+            raise BackupError("the VM has no first disk (xvda, hda, sda or userdevice 0)")
+        if disk.left_out:
+            raise BackupError("its first disk is marked [NOBAK]")
+        snapshot = None
+        self.outcome.status = "VDI-SNAPSHOT-FAIL"
+        try:
+            snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
+            self.outcome.status = "VDI-PARAM-SET-FAIL"
+            record = self._prepare("VDI", snapshot)
+            self.stop.check()
+            self.xapi.call("VDI.set_name_label", snapshot, self._vdi_snapshot_name(disk))
+            self.log("snapshot %s taken" % self._vdi_snapshot_name(disk))
+            self.outcome.status = "VDI-EXPORT-FAIL"
+            self._metadata(self.vm_ref, self.vm)
+            query = {"vdi": snapshot, "format": self.settings.vdi_export_format}
+            checker = make_checker(self.file_name, int(record["virtual_size"]))
+            self._stream("/export_raw_vdi", query, checker, expected)
+        finally:
+            if snapshot:
+                self._destroy("VDI", snapshot, disk.ref)
+
+    def _prepare(self, kind, snapshot):
+        """Marks a new snapshot as ours, by its own uuid; returns its record."""
+        record = self.xapi.call(kind + ".get_record", snapshot)
+        if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
+            self.xapi.call(kind + ".remove_from_other_config", snapshot, OUR_KEY)
+        self.xapi.call(kind + ".add_to_other_config", snapshot, OUR_KEY, record["uuid"])
+        return record
+
+    def _destroy(self, kind, ref, source):
+        """Destroys a snapshot that is proved one of `source`, a VM's disks before the VM: so its
+        record, by which the next run knows it, is the last to go. A failure is a warning."""
+        try:
+            record = self.xapi.call(kind + ".get_record", ref)
+            if not record["is_a_snapshot"] or record["snapshot_of"] != source:
+                raise BackupError("it is not a snapshot of this VM: left alone")
+            if kind == "VM":
+                vbds = self.xapi.vbds([ref]).values()
+                vdis = [vbd["VDI"] for vbd in vbds if vbd["type"] == "Disk"]
+                vdis.append(record["suspend_VDI"])
+                for vdi_ref, vdi in self.xapi.records("VDI", vdis).items():
+                    if vdi["is_a_snapshot"]:
+                        self._insist("VDI.destroy", vdi_ref)
+            self._insist(kind + ".destroy", ref)
+            self.log("snapshot destroyed")
+        except BackupError as error:
+            if getattr(error, "code", "") != "HANDLE_INVALID":
+                self.warn("the snapshot %s could not be destroyed, the next run tries again: %s"
+                          % (ref, error))  # fmt: skip
+
+    def _insist(self, method, ref):
+        """Destroys again while the host still holds the disk: the export's task ends before dom0
+        has let go of it (xen-api#4339)."""
+        for pause in (0.2, 0.5, 1, 2, 4, 8, 8, 8, None):
+            try:
+                self.xapi.call(method, ref)
+                return
+            except XapiError as error:
+                if error.code == "HANDLE_INVALID":
+                    return
+                again = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS", "CONNECTION_LOST")
+                if pause is None or error.code not in again:
+                    raise
+                time.sleep(pause)
+
+    def _stream(self, path, query, checker, expected):
+        """Streams into NAME.xva.partial, checks while it comes, asks the task, publishes."""
+        name = self.file_name
+        partial = os.path.join(self.folder, native(name + ".partial"))
+        self.log("%s begins, about %s to expect" % (self.choice.kind, size_text(expected)))
+        stream, task = open_export(
+            self.xapi, self.stop, self.run.watch, path, query, self.choice.name
+        )
+        stream.expected = expected
+        digest, verdict, writer = hashlib.sha256(), False, None
+        try:
+            writer = FileWriter(partial)
+            try:
+                with self.run.watch.over(stream, self.xapi, task):
+                    pump(stream.readinto, writer.write, digest.update, checker.feed)
+                checks = checker.finish()
+            except (ArchiveError, ConnectionLost) as error:
+                self.stop.check()
+                told = None if stream.reason else task_failure(self.xapi, task)
+                raise BackupError(
+                    "the export is not whole: %s%s"
+                    % (stream.reason or error, "; the host says: %s" % told if told else "")
+                ) from None
+            self.stop.check()
+            verdict = task_verdict(self.xapi, self.stop, task)
+            if verdict is None:
+                self.warn("the host lost the task: only the check of the archive vouches for it")
+            writer.close(keep=True)
+        finally:
+            checker.close()
+            if writer:
+                writer.close(keep=False)
+            if verdict is False:
+                with contextlib.suppress(BackupError):
+                    self.xapi.call("task.cancel", task)
+            close_export(self.xapi, stream, task)
+        self.log("export proved whole: %s" % ", ".join(["HTTP 200", "task"] + checks))
+        self.outcome.checks = ["sha256", "task"] + checks if verdict else ["sha256"] + checks
+        self.outcome.bytes, self.outcome.file = stream.received, name
+        self._publish(partial, name, digest.hexdigest())
+
+    def _publish(self, partial, name, digest):
+        """Turns a proved export into a backup. The marker is renamed into place last of all."""
+        os.rename(partial, os.path.join(self.folder, native(name)))
+        lines = []
+        for file, value in [(name, digest)] + self.sums:
+            escaped = file.replace("\\", "\\\\")  # as sha256sum does
+            lines.append("%s%s  %s\n" % ("\\" if escaped != file else "", value, escaped))
+        self._write_file("SHA256SUMS", "".join(lines), listed=False)
+        for base, _folders, _files in os.walk(self.folder):
+            sync_folder(base)
+        existing = list_folders(self.vm_dir, self.run.patterns)
+        newest = max([item.created for item in existing if item.marker and item.created] or [0])
+        created = max(int(time.time()), int(newest) + 1)  # rises even if the clock was set back
+        unfinished = os.path.join(self.folder, UNFINISHED)
+        with open(unfinished, "w", encoding="ascii") as file:
+            file.write("created=%d\n" % created)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(unfinished, os.path.join(self.folder, "success"))
+        self.outcome.folder = self.folder
+        for path in (self.folder, self.vm_dir, self.settings.backup_dir):
+            sync_folder(path)
+        self.log("*** success: %s : %s" % (name, size_text(self.outcome.bytes)))
+
+    # --- metadata ---
+
+    def _write_file(self, name, text, listed=True):
+        data = utf8(text)
+        path = os.path.join(self.folder, native(name))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        if listed:
+            self.sums.append((name, hashlib.sha256(data).hexdigest()))
+
+    def _write_cfg(self, name, pairs):
+        def line(value):
+            value = str(value).replace("\\", "\\\\").replace("\r", "\\r")
+            return value.replace("\n", "\\n")
+
+        self._write_file(name, "".join("%s=%s\n" % (key, line(value)) for key, value in pairs))
+
+    def _metadata(self, vm_ref, vm):
+        """Writes vm-metadata.xml and the .cfg files: values of `vm` (the snapshot's record, or the
+        VM's own for vdi-export), uuids of the originals. Returns the Disks of `vm`."""
+        try:
+            self._write_file("vm-metadata.xml", indent_xml(self._fetch_ova()))
+        except BackupError as error:
+            self.warn("no vm-metadata.xml: %s" % error)
+        xapi = self.xapi
+        vbds = list(xapi.vbds([vm_ref]).values())
+        vdis = xapi.records("VDI", [vbd["VDI"] for vbd in vbds])
+        disks = list_disks(vbds, vdis)
+        guests = (vm["guest_metrics"], self.vm["guest_metrics"])
+        guest = next(iter(xapi.records("VM_guest_metrics", guests).values()), {})
+        os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
+        left_out = ["%s: %s" % (d.label, d.vdi["name_label"]) for d in self.disks if d.left_out]
+        keys = ("name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
+        self._write_cfg(
+            "vm.cfg",
+            [("name_label", self.choice.name)]
+            + [(key, vm[key]) for key in keys]
+            + [
+                ("base_template_name", vm["other_config"].get("base_template_name", "")),
+                ("os_version", os_version),
+                ("orig_uuid", self.vm["uuid"]),
+            ]
+            + ([("disks_left_out", ", ".join(left_out))] if left_out else []),
+        )
+        originals = {disk.vbd["userdevice"]: disk for disk in self.disks}
+        srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
+        for disk in disks:
+            if disk.left_out and self.choice.kind == "vm-export":
+                continue
+            original = originals.get(disk.vbd["userdevice"], disk)
+            folder = folder_name("DISK-" + disk.label)
+            os.mkdir(os.path.join(self.folder, native(folder)), 0o700)
+            unpluggable = original.vbd.get("unpluggable", "")
+            self._write_cfg(
+                folder + "/vbd.cfg",
+                [(key, disk.vbd[key]) for key in ("userdevice", "bootable", "mode", "type")]
+                + [("unplugable", unpluggable), ("unpluggable", unpluggable)]
+                + [("empty", disk.vbd["empty"]), ("orig_uuid", original.vbd["uuid"])],
+            )
+            keys = ("name_label", "name_description", "virtual_size", "type", "sharable")
+            self._write_cfg(
+                folder + "/vdi.cfg",
+                [(key, disk.vdi[key]) for key in keys + ("read_only",)]
+                + [("orig_uuid", original.vdi["uuid"])]
+                + [("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))],
+            )
+        self._write_vifs(xapi.records("VIF", vm["VIFs"]), xapi.records("VIF", self.vm["VIFs"]))
+        return disks
+
+    def _write_vifs(self, vifs, originals):
+        uuids = {vif["device"]: vif["uuid"] for vif in originals.values()}
+        networks = self.xapi.records("network", [vif["network"] for vif in vifs.values()])
+        if vifs:
+            os.mkdir(os.path.join(self.folder, "VIFs"), 0o700)
+        for vif in vifs.values():
+            name = networks.get(vif["network"], {}).get("name_label", "")
+            self._write_cfg(
+                "VIFs/%s.cfg" % folder_name("vif-" + vif["device"]),
+                [("device", vif["device"]), ("network_name_label", name)]
+                + [(key, vif[key]) for key in ("MTU", "MAC", "other_config")]
+                + [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))],
+            )
+
+    def _fetch_ova(self):
+        """The ova.xml of the VM's /export_metadata, as text."""
+        query = {"ref": self.vm_ref, "export_snapshots": "false"}
+        stream, task = open_export(
+            self.xapi, self.stop, self.run.watch, "/export_metadata", query, "metadata"
+        )
+        data = bytearray()
+        try:
+            with self.run.watch.over(stream, self.xapi, task):
+                pump(stream.readinto, data.extend)
+            block, size = bytes(data[:512]), int(bytes(data[124:135]).strip(b" \0") or b"0", 8)
+            whole = block[:8] == b"ova.xml\0" and len(data) >= 512 + size + -size % 512 + 1024
+            if not whole or bytes(data[512 + size :]).strip(b"\0"):
+                raise BackupError("/export_metadata was cut off")
+            task_verdict(self.xapi, self.stop, task)
+            return bytes(data[512 : 512 + size]).decode("utf-8", "replace")
+        except ValueError:
+            raise BackupError("/export_metadata gave no archive") from None
+        finally:
+            close_export(self.xapi, stream, task)
+
+
+def last_size(vm_dir, folders, file_name):
+    """Bytes of this file in the newest backup that has it, or None."""
+    for item in sorted(folders, key=lambda item: -(item.created or 0)):
+        if item.marker and item.created is not None:
+            with contextlib.suppress(OSError):
+                return os.path.getsize(os.path.join(vm_dir, item.name, native(file_name)))
+    return None
+
+
+def check_space(backup_dir, expected, reserved=0):
+    """Raises BackupError with both figures if `expected` bytes do not fit."""
+    free = shutil.disk_usage(backup_dir).free - reserved
+    if expected > free:
+        raise BackupError(
+            "not enough space in %s: %s to expect, %s free (delete something, lower max_backups, or"
+            " set pre_clean=True or space_check=False)"
+            % (backup_dir, size_text(expected), size_text(max(free, 0)))
+        )
+
+
+# ============================== the run ==============================
+
+
+class Run:
+    """What the VMs of one run share, and the run itself.
+
+    log: function(text). status: function(program, *texts), the status log. new_xapi: makes another
+    Xapi, for a thread of its own.
+    """
+
+    def __init__(self, settings, xapi, new_xapi, log, status, stop, watch):
+        self.settings, self.xapi, self.new_xapi = settings, xapi, new_xapi
+        self.log, self.status, self.stop, self.watch = log, status, stop, watch
+        self.patterns = list(dict.fromkeys([settings.backup_dir_pattern, DEFAULT_PATTERN]))
+        self.outcomes = []
+        self._reserved = {}
+
+    @contextlib.contextmanager
+    def reserve(self, name, size):
+        """Counts `size` bytes as taken while a VM is exported, for those that run beside it."""
+        self._reserved[name] = size
+        try:
+            yield
+        finally:
+            del self._reserved[name]
+
+    def reserved(self):
+        return sum(list(self._reserved.values()))
+
+    def back_up(self, choices):
+        """Backs up the pool database if asked, then the VMs; outcomes in the order of choices."""
+        self.status("vmbackup.py", "begin")
+        self.log("Space before backups: %s" % self._space())
+        if self.settings.pool_db_backup:
+            self.outcomes.append(back_up_pool_db(self))
+        for outcome in self._outcomes(choices):
+            self.outcomes.append(outcome)
+            self._report(outcome)
+        self.log("Space after backups: %s" % self._space())
+
+    def _outcomes(self, choices):
+        def work(choice):
+            if self.stop.signum:
+                return None
+            self.status(choice.kind, "begin", choice.name)
+            xapi = idle.pop()
+            try:
+                return VmBackup(self, xapi, choice).back_up()
+            finally:
+                idle.append(xapi)
+
+        idle = [self.new_xapi() for _ in range(self.settings.parallel - 1)] + [self.xapi]
+        try:
+            if len(idle) == 1:
+                yield from filter(None, map(work, choices))
+            else:
+                from concurrent.futures import ThreadPoolExecutor
+
+                with ThreadPoolExecutor(len(idle)) as pool:
+                    yield from filter(None, pool.map(work, choices))
+        finally:
+            for xapi in idle:
+                if xapi is not self.xapi:
+                    xapi.close()
+
+    def _report(self, outcome):
+        line = "VmBackup %s %s - " % (outcome.kind, outcome.name)
+        if outcome.error:
+            self.log("%s***ERROR*** %s" % (line, outcome.error))
+            end = "%s %s" % (outcome.status, outcome.name)
+        else:
+            word, minutes = "WARNING" if outcome.warnings else "Success", int(outcome.seconds // 60)
+            self.log("%s***%s*** t:%d" % (line, word, minutes))
+            size = outcome.bytes // (1 << 30)
+            end = "%s %s,elapse:%d size:%dG" % (word.upper(), outcome.name, minutes, size)
+        self.status(outcome.kind, "end", end)
+
+    def _space(self):
+        path = self.settings.backup_dir
+        try:
+            figures = tuple(map(size_text, shutil.disk_usage(path)))
+        except OSError as error:
+            return describe(error)
+        return "%s total %s, used %s, free %s" % ((path,) + figures)
+
+    def counts(self):
+        """(S, W, E): E counts the pool database too."""
+        failed = [item for item in self.outcomes if item.error]
+        vms = [item for item in self.outcomes if not item.error and item.kind != "pool-db"]
+        warned = [item for item in vms if item.warnings]
+        return len(vms) - len(warned), len(warned), len(failed)
+
+    def exit_status(self):
+        """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked."""
+        if any(item.error for item in self.outcomes):
+            return 4 if all(item.locked for item in self.outcomes) else 2
+        return 1 if self.settings.warnings or any(item.warnings for item in self.outcomes) else 0
+
+
+POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
+
+
+def back_up_pool_db(run):
+    """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
+    max_backups newest. It is whole only if it ends in </database>. Returns the Outcome."""
+    outcome, begin = Outcome("pool-db", "METADATA_" + short_host_name()), time.monotonic()
+    folder = os.path.join(run.settings.backup_dir, native(folder_name(outcome.name)))
+    try:
+        with Lock(run.settings.backup_dir, folder_name(outcome.name)):
+            if os.path.islink(folder):
+                raise BackupError("%s is a symbolic link: refused" % folder)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            moment, name = datetime.datetime.now(), ""
+            while not name or os.path.lexists(os.path.join(folder, name)):
+                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
+                moment += datetime.timedelta(seconds=1)
+            dumps = [item for item in sorted(os.listdir(folder)) if POOL_DUMP.match(item)]
+            for item in dumps:
+                if item.endswith(".partial"):
+                    os.unlink(os.path.join(folder, item))
+            outcome.bytes = _dump_pool_db(run, os.path.join(folder, name))
+            outcome.folder, outcome.file, outcome.checks = folder, name, ["</database>", "task"]
+            run.log("pool database saved: %s, %s" % (name, size_text(outcome.bytes)))
+            dumps = [item for item in dumps if item.endswith(".dump")]
+            for item in dumps[: max(len(dumps) + 1 - run.settings.max_backups, 0)]:
+                os.unlink(os.path.join(folder, item))
+                outcome.pruned.append(item)
+    except (OSError, BackupError) as error:
+        outcome.error, outcome.locked = describe(error), isinstance(error, LockedError)
+        run.log("***ERROR - pool database backup failed: %s" % outcome.error)
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def _dump_pool_db(run, path):
+    xapi, tail = run.xapi, bytearray()
+
+    def keep_tail(view):
+        tail.extend(view[-64:])
+        del tail[:-64]
+
+    stream, task = open_export(
+        xapi, run.stop, run.watch, "/pool/xmldbdump", {}, "Dump of the database", xapi.master()
+    )
+    writer = None
+    try:
+        writer = FileWriter(path + ".partial")
+        with run.watch.over(stream, xapi, task):
+            pump(stream.readinto, writer.write, keep_tail)
+        run.stop.check()
+        if not bytes(tail).rstrip().endswith(b"</database>"):
+            raise task_failure(xapi, task) or BackupError("the dump does not end in </database>")
+        task_verdict(xapi, run.stop, task)
+        writer.close(keep=True)
+        os.rename(path + ".partial", path)
+        sync_folder(os.path.dirname(path))
+        return stream.received
+    finally:
+        if writer:
+            writer.close(keep=False)
+            with contextlib.suppress(OSError):
+                os.unlink(path + ".partial")
+        close_export(xapi, stream, task)
+
+
+def short_host_name():
+    return socket.gethostname().split(".")[0]
+
+
+# ============================== preview ==============================
+
+
+def candidates(xapi):
+    """{ref: record} of the pool's VMs that are neither template, snapshot nor control domain, in
+    one call however many there are; the host filters where it can."""
+    flags = ("is_a_template", "is_a_snapshot", "is_control_domain")
+    records = xapi.where("VM", " and ".join('field "%s"="false"' % flag for flag in flags))
+    if records is None:
+        records = xapi.call("VM.get_all_records")
+    return {ref: vm for ref, vm in records.items() if not any(vm[flag] for flag in flags)}
+
+
+def choose(settings, vms, log):
+    """Applies the rules to the candidates and logs upstream's block with what came of it. Adds to
+    settings.warnings. Returns (Selection, number of chosen VMs that cannot be backed up)."""
+    names = collections.defaultdict(list)
+    for ref, vm in vms.items():
+        names[vm["name_label"]].append(ref)
+    with time_limit(20, "ERROR - a regular expression of vm-export, vdi-export or exclude takes too"
+                    " long: nested repetitions such as (a+)+ need exponential time"):  # fmt: skip
+        selection = select(settings.rules, names)
+    log("VmBackup.py running with these settings:")
+    for key in ("backup_dir", "status_log", "compress", "max_backups", "vdi_export_format"):
+        log("  %-17s = %s" % (key, getattr(settings, key)))
+    log("  pool_db_backup    = %d" % settings.pool_db_backup)
+    lists = {"exclude": selection.excluded + selection.unknown_excludes}
+    for kind in ("vdi-export", "vm-export"):
+        chosen = [choice for choice in selection.choices if choice.kind == kind]
+        lists[kind] = ["%s:%d" % (c.name, c.keep) if c.keep else c.name for c in chosen]
+    for key, items in lists.items():
+        log("  %s (cnt)= %d" % (key, len(items)))
+        log(("  %s: %s" % (key, ", ".join(sorted(items)))).rstrip())
+    settings.warnings += ["***WARNING - vm not found: %s" % rule for rule in selection.unmatched]
+    if selection.unknown_excludes:
+        unknown = " ".join(selection.unknown_excludes)
+        settings.warnings.append("***WARNING - vm(s) Exclude does not exist: %s" % unknown)
+    if settings.rules and not selection.choices:
+        settings.warnings.append("***WARNING - no VM was chosen: nothing to back up")
+    for line in settings.notes + settings.warnings:
+        log(line)
+    missing = [choice.name for choice in selection.choices if not choice.refs]
+    twice = [choice.name for choice in selection.choices if len(choice.refs) > 1]
+    if missing:
+        log("ERROR - vm(s) List does not exist: %s" % " ".join(missing))
+    for name in twice:
+        log("*** ERROR: duplicate VM name found: %s" % name)
+    return selection, len(missing) + len(twice)
+
+
+def preview_vms(settings, xapi, vms, selection, log):
+    """What a run would do with each VM, in a number of calls that does not depend on the pool.
+    Adds to settings.warnings; returns the number of VMs that could not be backed up."""
+    log("VMs-not-in-backup: %s" % ", ".join(selection.left))
+    chosen = [choice for choice in selection.choices if len(choice.refs) == 1]
+    if not chosen:
+        return 0
+    refs = [choice.refs[0] for choice in chosen]
+    few = len(refs) <= 50
+    vbds = collections.defaultdict(list)
+    for vbd in (xapi.vbds(refs) if few else xapi.call("VBD.get_all_records")).values():
+        vbds[vbd["VM"]].append(vbd)
+    used = [vbd["VDI"] for ref in refs for vbd in vbds[ref]]
+    vdis = xapi.records("VDI", used) if few else xapi.call("VDI.get_all_records")
+    pbds = xapi.call("PBD.get_all_records").values()
+    plugged = {pbd["SR"] for pbd in pbds if pbd["currently_attached"]}
+    bad = total = 0
+    for choice, ref in zip(chosen, refs):
+        disks = list_disks(vbds[ref], vdis)
+        for vbd in vbds[ref]:
+            vdi = vdis.get(vbd["VDI"])
+            if vbd["type"] == "CD" and vdi and vdi["SR"] not in plugged:
+                settings.warnings.append(
+                    "***WARNING - %s: the ISO %s in its drive is on a storage repository that is"
+                    " not attached, so the export will fail: xe vm-cd-eject"
+                    % (choice.name, vdi["name_label"])
+                )
+                log(settings.warnings[-1])
+        try:
+            total += _preview_vm(settings, choice, vms[ref], disks, log)
+        except (OSError, BackupError) as error:
+            log("***ERROR - %s: %s" % (choice.name, describe(error)))
+            bad += 1
+    free = shutil.disk_usage(settings.backup_dir).free
+    log("together about %s to expect, %s free" % (size_text(total), size_text(free)))
+    return bad
+
+
+def _preview_vm(settings, choice, vm, disks, log):
+    """One VM's lines; returns the bytes to expect, raises what the run would."""
+    vm_dir = os.path.join(settings.backup_dir, native(folder_name(choice.name)))
+    patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
+    folders = list_folders(vm_dir, patterns) if os.path.isdir(vm_dir) else []
+    keep = choice.keep or settings.max_backups
+    made = Folder("the new one", float("inf"), "success", False)
+    doomed = expired(folders + [made], keep)
+    good = [folder for folder in folders if folder.marker and folder.created is not None]
+    last = last_size(vm_dir, folders, export_file(settings, choice))
+    expected = expected_size(choice.kind, settings, disks, last)
+    shown = []
+    for disk in disks:
+        size = size_text(int(disk.vdi["virtual_size"]))
+        shown.append("%s %s%s" % (disk.label, size, " left out [NOBAK]" if disk.left_out else ""))
+    simple = choice.rule.simple
+    log("%s: %s, chosen by %s; %s; disks: %s; about %s to expect" % (
+        choice.name, choice.kind, "its name" if simple else "%s=%s" % choice.rule[:2],
+        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected),
+    ))  # fmt: skip
+    why = "the oldest beyond %d" % keep
+    text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
+    log("%s: has %d backups, keeps %d, %s" % (choice.name, len(good), keep, text))
+    if not simple and choice.rule.name == choice.name:
+        log("NOTE - %s: not a simple name but a regular expression, it may match others too"
+            % choice.name)  # fmt: skip
+    if choice.kind == "vdi-export" and (first_disk(disks) is None or first_disk(disks).left_out):
+        raise BackupError("the VM has no first disk that may be exported")
+    if os.path.islink(vm_dir):
+        raise BackupError("%s is a symbolic link: refused" % vm_dir)
+    if settings.space_check:
+        check_space(settings.backup_dir, expected)
+    return expected
+
+
+# ============================== verify ==============================
+
+
+def verify(top, only, log):
+    """Proves every marked backup below `top` (backup_dir, a VM's folder or one backup) at rest:
+    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or there is none.
+    """
+    good = bad = 0
+    for folder in marked_folders(top):
+        vm = os.path.basename(os.path.dirname(folder))
+        if only is not None and vm != native(folder_name(only)):
+            continue
+        label = "VmBackup verify %s/%s" % (vm, os.path.basename(folder))
+        try:
+            log("%s - ***Success*** %s" % (label, ", ".join(verify_folder(folder))))
+            good += 1
+        except (OSError, BackupError) as error:
+            if os.path.isdir(folder):  # else a run pruned it meanwhile
+                log("%s - ***ERROR*** %s" % (label, describe(error)))
+                bad += 1
+    if not good + bad:
+        log("ERROR - no marked backup%s in %s" % (" of %s" % only if only else "", top))
+    fine = good and not bad
+    text = "Success" if fine else "**ERRORS DETECTED**"
+    log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (text, good, bad))
+    return 0 if fine else 2
+
+
+def marked_folders(top):
+    """Paths of the folders with a marker: `top` itself or up to two levels below, sorted."""
+    found, level = [], [top]
+    for _depth in range(3):
+        inner = []
+        for folder in level:
+            names = os.listdir(folder)
+            if any(marker in names for marker in MARKERS):
+                found.append(folder)
+                continue
+            for name in names:
+                path = os.path.join(folder, name)
+                if os.path.isdir(path) and not os.path.islink(path):
+                    inner.append(path)
+        level = inner
+    return sorted(found)
+
+
+def verify_folder(folder):
+    """Phrases that tell what was proved about one backup; raises ArchiveError or OSError."""
+    exports = [name for name in os.listdir(folder) if EXPORT.match(name)]
+    if len(exports) != 1:
+        raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
+    export, path = exports[0], os.path.join(folder, exports[0])
+    sums = read_sums(os.path.join(folder, "SHA256SUMS"))
+    if sums and not {export, "vm.cfg"} <= set(sums):
+        raise ArchiveError("SHA256SUMS does not list %s and vm.cfg" % export)
+    size, proved = recorded_size(folder), []
+    if size is None and export.endswith(".raw"):
+        size, proved = os.path.getsize(path), ["NOT its size (no vdi.cfg tells it)"]
+    checker, digest = make_checker(export, size), hashlib.sha256()
+    with open(path, "rb", buffering=0) as file, contextlib.closing(checker):
+        pump(file.readinto, digest.update, checker.feed)
+        proved = checker.finish() + proved
+    for name, value in sums.items():
+        mine = digest.hexdigest() if name == export else file_sha256(os.path.join(folder, name))
+        if mine != value:
+            raise ArchiveError("%s does not match SHA256SUMS" % name)
+    return ["sha256 of %d files" % len(sums) if sums else "NOT sha256 (no SHA256SUMS)"] + proved
+
+
+def read_sums(path):
+    """{file name: SHA-256} of a SHA256SUMS file, empty if there is none (3.25 wrote none)."""
+    sums = {}
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            for line in file:
+                match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
+                if not match:
+                    raise ArchiveError("SHA256SUMS is damaged")
+                escaped, value, name = match.groups()
+                sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
+    except FileNotFoundError:
+        return {}
+    return sums
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def recorded_size(folder):
+    """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
+    for label in ("xvda", "hda", "sda", "0"):
+        path = os.path.join(folder, "DISK-" + label, "vdi.cfg")
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            told = re.search(r"^virtual_size=(\d+)$", file.read(), re.MULTILINE)
+            return int(told.group(1)) if told else None
+    return None
+
+
+# ============================== reporting ==============================
+
+
+class Log:
+    """Lines `YYYY-MM-DD-(HH:MM:SS) - text` on standard output, whole and in UTF-8 whatever the
+    locale, from any thread; and on a terminal a progress line that rewrites itself."""
+
+    def __init__(self, out, err, environment):
+        self.lines = []
+        self._out, self._err, self._lock = out, err, threading.Lock()
+        self._shown, self._told = "", time.monotonic()
+        rich = environment.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in environment
+        self._colour = rich and is_terminal(out)
+        self._live, self._plain = rich and is_terminal(err), not is_terminal(err)
+
+    def __call__(self, text):
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d-(%H:%M:%S)")
+        line = "%s - %s" % (stamp, printable(str(text)))
+        with self._lock:
+            self.lines.append(line)
+            self._show("")
+            colour = "31" if "ERROR" in line else "33" if "WARNING" in line else ""
+            if self._colour and colour:
+                line = "\x1b[%sm%s\x1b[0m" % (colour, line)
+            write_text(self._out, line + "\n")
+
+    def _show(self, text):
+        if self._shown or text:
+            write_text(self._err, "\r\x1b[K" + text)
+            self._shown = text
+
+    def progress(self, streams):
+        """Called once a second with the open Streams."""
+        told = [self._progress_of(stream) for stream in streams]
+        if self._live:
+            with self._lock:
+                self._show("  |  ".join(told)[: shutil.get_terminal_size().columns - 1])
+        elif self._plain and told and time.monotonic() - self._told > 300:
+            self._told = time.monotonic()
+            for text in told:
+                self("progress %s" % text)
+
+    @staticmethod
+    def _progress_of(stream):
+        rate = stream.received / max(time.monotonic() - stream.started, 0.001)
+        expected = max(stream.expected, stream.received)
+        if stream.progress > 0.02:
+            expected = stream.received / min(stream.progress, 1)
+        left = (expected - stream.received) / rate if rate else 0
+        return "%s: %d of about %d MiB, %.0f MB/s, %d:%02d left" % (
+            printable(stream.what), stream.received // MIB, expected // MIB, rate / 1e6,
+            left // 60, left % 60,
+        )  # fmt: skip
+
+
+def is_terminal(stream):
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def write_text(stream, text):
+    """Writes UTF-8 at once; a reader that went away stops no backup."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        getattr(stream, "buffer", stream).write(text.encode("utf-8"))
+        stream.flush()
+
+
+def make_status(path, log):
+    """The function that appends a line to the status log (none if path is None) and flushes it."""
+    lock, server = threading.Lock(), short_host_name()
+
+    def status(program, *texts):
+        if path is None:
+            return
+        stamp = datetime.datetime.now().strftime("%Y/%m/%d %H:%M:%S")
+        line = printable(",".join((stamp, program, server) + texts)) + "\n"
+        try:
+            with lock:
+                write_shared(path, "ab", line.encode("utf-8"))
+        except OSError as error:
+            log("***WARNING - the status log cannot be written: %s" % describe(error))
+
+    return status
+
+
+def write_shared(path, mode, data):
+    """Writes a file that monitors of other users read: 0644 when it is new, whatever the umask."""
+    new = not os.path.exists(path)
+    with open(path, mode) as file:
+        if new:
+            os.fchmod(file.fileno(), 0o644)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Report:
+    """What mail and report_json tell about a run; filled while it goes on."""
+
+    def __init__(self):
+        self.start, self.begin = datetime.datetime.now(), time.monotonic()
+        self.host = self.pool = ""
+        self.run = None
+        self.exit_status, self.error = 3, None
+
+    def status(self):
+        return {0: "SUCCESS", 1: "WARNING"}.get(self.exit_status, "ERROR")
+
+    def outcomes(self):
+        return self.run.outcomes if self.run else []
+
+    def counts(self):
+        return self.run.counts() if self.run else (0, 0, 0)
+
+    def as_dict(self, settings):
+        """The object of report_json; the README describes it."""
+        return {
+            "version": __version__, "server": short_host_name(), "host": self.host,
+            "pool": self.pool, "start": self.start.isoformat(),
+            "end": datetime.datetime.now().isoformat(),
+            "seconds": round(time.monotonic() - self.begin, 3),
+            "status": self.status(), "exit_status": self.exit_status, "error": self.error,
+            "counts": dict(zip(("success", "warning", "error"), self.counts())),
+            "warnings": settings.warnings,
+            "vms": [
+                {
+                    "name": item.name, "uuid": item.uuid, "kind": item.kind,
+                    "status": "ERROR" if item.error else "WARNING" if item.warnings else "SUCCESS",
+                    "folder": item.folder, "file": item.file, "bytes": item.bytes,
+                    "seconds": round(item.seconds, 3),
+                    "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
+                    "checks": item.checks, "warnings": item.warnings, "error": item.error,
+                    "pruned": item.pruned,
+                }
+                for item in self.outcomes()
+            ],
+        }  # fmt: skip
+
+    def write_json(self, settings):
+        """Replaces report_json atomically."""
+        import json
+
+        text = json.dumps(self.as_dict(settings), indent=2)
+        temporary = "%s.%d.tmp" % (settings.report_json, os.getpid())
+        try:
+            write_shared(temporary, "wb", text.encode("ascii") + b"\n")
+            os.rename(temporary, settings.report_json)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+    def send_mail(self, settings, lines, stop):
+        """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
+        import smtplib
+        from email.message import EmailMessage
+
+        message = EmailMessage()
+        subject = "%s %s VmBackup.py, pool %s" % (self.status(), self.host, self.pool)
+        message["Subject"] = printable(subject)
+        message["From"], message["To"] = settings.mail_from, ", ".join(settings.mail_to)
+        body = ["VmBackup on %s, pool %s, host %s" % (short_host_name(), self.pool, self.host)]
+        body.append("%s - S:%d W:%d E:%d" % ((self.status(),) + self.counts()))
+        body += [self.error] if self.error else []
+        failed = [item for item in self.outcomes() if item.error]
+        body += ["%s %s: %s" % (item.kind, item.name, item.error) for item in failed]
+        message.set_content("\n".join([printable(line) for line in body] + [""] + lines) + "\n")
+        context = ssl.create_default_context()
+        if is_loopback(settings.smtp_server):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connect: Any = smtplib.SMTP
+        if settings.smtp_port == 465:
+            connect = functools.partial(smtplib.SMTP_SSL, context=context)
+        for left in (2, 1, 0):
+            try:
+                with connect(settings.smtp_server, settings.smtp_port, timeout=60) as smtp:
+                    if settings.smtp_starttls:
+                        smtp.starttls(context=context)
+                    if settings.smtp_user:
+                        password = read_password_file(settings.smtp_password_file, plain=True)
+                        smtp.login(settings.smtp_user, password)
+                    smtp.send_message(message, settings.mail_from, settings.mail_to)
+                return
+            except OSError:
+                if not left:
+                    raise
+                stop.sleep(5)
+
+    def finish(self, settings, log, stop):
+        """Writes and mails what the settings ask for. A failure here is a warning, no more."""
+        mailing = settings.mail_to and settings.mail_from and settings.smtp_server
+        when = {"always": True, "problems": self.exit_status != 0, "never": False}
+        try:
+            if settings.report_json:
+                self.write_json(settings)
+        except OSError as error:
+            log("***WARNING - report_json cannot be written: %s" % describe(error))
+        try:
+            if mailing and when[settings.mail_when]:
+                self.send_mail(settings, list(log.lines), stop)
+                log("mail sent to %s" % ", ".join(settings.mail_to))
+        except (OSError, BackupError, ValueError) as error:
+            log("***WARNING - the mail could not be sent: %s" % describe(error))
+
+
+# ============================== the command line ==============================
+
+USAGE = """\
+Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [name=value ...]
+       vmbackup.py <password> create-password-file=FILE
+       vmbackup.py verify <config-file|folder> [vm-name]
+       vmbackup.py help | config | example | version
+"""
+
+HELP = USAGE + """
+<password>     the password itself, or a file made by create-password-file, or
+               - (one line of standard input, asked for on a terminal), or
+               local (the XAPI socket of this dom0: no password at all)
+<config-file>  the usual choice for cron; see: vmbackup.py config
+<vm-selector>  one VM name or regular expression, vm-exported by default
+    vm-export=SELECTOR   explicit vm-export
+    vdi-export=SELECTOR  only the first disk
+    SELECTOR:N           keep N backups instead of max_backups
+preview        connects, checks and shows what a run would do; changes nothing
+verify         proves every backup on disk again; no password, no network, changes nothing
+
+name=value: these settings, in the config file or, overriding it, on the command line:
+
+%s
+
+Exit status: 0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was started,
+4 another run holds the lock, 128+n stopped by signal n.
+"""
+
+CONFIG = """\
+# Example config file for vmbackup.py: name=value lines, '#' comments.
+# A setting that is not given has the default shown here.
+
+#### settings ####
+
+%s
+#### which VMs ####
+# Only letters, digits, space, '-' and '_': the name of one VM. Anything else is a regular
+# expression, matched from the start of the name. ':N' at the end overrides max_backups.
+# Simple names win over regular expressions, later lines over earlier ones, exclude over all.
+
+# exclude selected VMs
+#exclude=PROD-WinDomainController
+#exclude=TEMP-.*
+
+# vdi-export: only the first disk of a VM whose other disks are too large; see the README
+#vdi-export=PROD-with-many-disks
+
+# vm-export: whole VMs (an empty vm-export= means all)
+#vm-export=my-vm-name
+#vm-export=my-third-vm:3
+#vm-export=PROD.*
+#vm-export=DEV.*:2
+"""
+
+EXAMPLE = """\
+# look first: what would be backed up, and where
+  vmbackup.py - weekend.cfg preview
+
+# make a password file once, then use it with a config file
+  vmbackup.py - create-password-file=/root/vmbackup.pass
+  vmbackup.py /root/vmbackup.pass weekend.cfg
+
+# in dom0, without any password
+  vmbackup.py local weekend.cfg
+
+# one VM (names are case sensitive), a name with spaces, only its first disk
+  vmbackup.py - DEV-mySql
+  vmbackup.py - "DEV mySql"
+  vmbackup.py - vdi-export=DEV-mySql
+
+# all VMs whose names begin with DEV-my, all VMs of the pool keeping 2 backups of each
+  vmbackup.py - 'DEV-my.*'
+  vmbackup.py - '.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
+
+# prove all backups again
+  vmbackup.py verify weekend.cfg
+"""
+
+
+def config_text():
+    """What `config` prints and example.cfg holds."""
+    import textwrap
+
+    parts = []
+    for item in SETTINGS:
+        about = textwrap.fill(item.about, 96, initial_indent="# ", subsequent_indent="# ")
+        parts.append("%s\n#%s=%s\n" % (about, item.name, item.default))
+    return CONFIG % "\n".join(parts)
+
+
+def help_text():
+    import textwrap
+
+    lines = []
+    for item in SETTINGS:
+        about = "%s (default: %s)" % (item.about, item.default or "none")
+        first = "%-20s" % item.name
+        lines += textwrap.wrap(about, 99, initial_indent=first, subsequent_indent=" " * 20)
+    return HELP % "\n".join(lines)
+
+
+TEXTS = {
+    "help": help_text,
+    "config": config_text,
+    "example": lambda: EXAMPLE,
+    "version": lambda: "vmbackup.py %s\n" % __version__,
+}
+
+
+def command(words, log):
+    """Carries out a command line; returns the exit status. Raises BackupError."""
+    first = words[0].lower() if words else ""
+    if len(words) == 1 and first.lstrip("-") in TEXTS:
+        write_text(sys.stdout, TEXTS[first.lstrip("-")]())
+        return 0
+    if first == "verify":
+        return verify_command(words[1:], log)
+    if len(words) < 2:
+        write_text(sys.stderr, USAGE)
+        return 3
+    key, separator, value = words[1].partition("=")
+    if key.lower() == "create-password-file" and separator:
+        return create_password_file(native(value), read_password(words[0], literal=True), log)
+    settings, preview = parse_command(words[1], words[2:])
+    report, stop = Report(), Stop()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, stop.handler)
+    try:
+        log("VmBackup config loaded from: %s" % words[1])
+        check_paths(settings)
+        local = words[0] == "local"
+        hosts = make_hosts(settings, local)
+        credentials = ("root", "") if local else (settings.username, read_password(words[0]))
+        report.exit_status = back_up(settings, hosts, credentials, preview, log, stop, report)
+    except BackupError as error:
+        report.exit_status, report.error = error.exit_code, str(error)
+        log_error(error, log)
+    finally:
+        stop.deferred = True
+        if not preview:
+            report.finish(settings, log, stop)
+    return report.exit_status
+
+
+def log_error(error, log):
+    for line in str(error).split("\n"):
+        log(line if "ERROR" in line else "ERROR - " + line)
+
+
+def parse_command(selector, words):
+    """(Settings, preview) of the arguments after the password. Raises ConfigError."""
+    config, path, pairs, preview = [], native(selector), [], False
+    if os.path.isfile(path):
+        config = load_config(path)
+    else:
+        key, separator, value = selector.partition("=")
+        if not selector.strip():
+            raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
+        if separator and key.lower() in ("vm-export", "vdi-export"):
+            pairs.append((key.lower(), value, "command line"))
+        else:
+            pairs.append(("vm-export", selector, "command line"))
+    for word in words:
+        key, separator, value = word.partition("=")
+        if word.lower() == "preview":
+            preview = True
+        elif not separator or key.lower() in RULE_KEYS:
+            allowed = "preview, or name=value with one of %s" % ", ".join(KNOWN)
+            raise ConfigError("ERROR - invalid parameter %s: allowed are %s" % (word, allowed))
+        else:
+            pairs.append((key.lower(), value, "command line"))
+    settings = make_settings(config, pairs)
+    settings.config_file = path if os.path.isfile(path) else None
+    if not settings.rules and not settings.pool_db_backup:
+        raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
+    return settings, preview
+
+
+def load_config(path):
+    try:
+        with open(path, "rb") as file:
+            return read_config(file.read(MIB + 1), path)
+    except OSError as error:
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+
+
+def check_paths(settings):
+    """Raises ConfigError for a folder or file of the settings that cannot be used."""
+    path = settings.backup_dir
+    if not os.path.isdir(path):
+        raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)" % path)
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
+    shared = [settings.report_json] + ([settings.status_log] if settings.config_file else [])
+    for file in filter(None, shared):
+        if os.path.isdir(file) or not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+            raise ConfigError("ERROR - %s must be a file in a folder that exists" % file)
+    for file in filter(None, (settings.tls_ca, settings.smtp_password_file)):
+        if not os.path.isfile(file) or not os.access(file, os.R_OK):
+            raise ConfigError("ERROR - cannot read %s" % file)
+    if settings.tls_ca:
+        try:
+            ssl.create_default_context(cafile=settings.tls_ca)
+        except (OSError, ValueError):
+            raise ConfigError("ERROR - tls_ca=%s holds no certificate" % settings.tls_ca) from None
+
+
+def check_writable(path):
+    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
+    import tempfile
+
+    try:
+        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
+            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+
+
+def make_hosts(settings, local):
+    """The Endpoints of host=. Raises ConfigError where it does not go with the password."""
+    addresses = settings.host
+    if local and addresses == KNOWN["host"].parse("localhost"):
+        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
+    if any(local != (address.scheme == "unix") for address in addresses):
+        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
+    pins, ca = settings.tls_fingerprint, settings.tls_ca
+    return [Endpoint(address, pins, ca, settings.tls_verify) for address in addresses]
+
+
+def back_up(settings, hosts, credentials, preview, log, stop, report):
+    """Connects, chooses, and previews or runs. Returns the exit status."""
+    import importlib.util
+
+    for module in ("XenAPI", "requests"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
+                              " vmbackup.pyz, which carries it" % (module, module))  # fmt: skip
+    if not settings.tls_verify:
+        log("***WARNING - tls_verify=False: the host's certificate is not checked")
+    xapi, watch = Xapi(hosts, credentials, log), Watch(log.progress)
+    try:
+        xapi.connect()
+        pool = next(iter(xapi.call("pool.get_all_records").values()))
+        report.host, report.pool = str(xapi.endpoint), pool["name_label"]
+        vms = candidates(xapi)
+        selection, bad = choose(settings, vms, log)
+        if preview:
+            bad += preview_vms(settings, xapi, vms, selection, log)
+            if bad:
+                log("ERROR preview parameters: %d VM(s) could not be backed up (see above)" % bad)
+                return 2
+            found = " - WARNINGS found (see above)" if settings.warnings else ""
+            log("SUCCESS preview parameters" + found)
+            return 1 if settings.warnings else 0
+        check_writable(settings.backup_dir)
+        status = make_status(settings.status_log if settings.config_file else None, log)
+        stop.deferred = True
+        stop.check()
+        log("VmBackup running on %s, pool %s, host %s"
+            % (short_host_name(), report.pool, report.host))  # fmt: skip
+        run = Run(settings, xapi, lambda: Xapi(hosts, credentials, log), log, status, stop, watch)
+        report.run = run
+        watch.start()
+        run.back_up(selection.choices)
+        code = 128 + stop.signum if stop.signum else run.exit_status()
+        short, text = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}.get(
+            code, ("ERROR", "**ERRORS DETECTED**")
+        )
+        tally = "S:%d W:%d E:%d" % run.counts()
+        status("vmbackup.py", "end", short, tally)
+        log("VmBackup ended - %s - %s" % (text, tally))
+        return code
+    finally:
+        stop.deferred = True
+        watch.end()
+        xapi.close()
+
+
+def read_password(word, literal=False):
+    """The password that the first argument stands for. literal: a file of that name is not read."""
+    if word == "-":
+        if is_terminal(sys.stdin):
+            import getpass
+
+            return getpass.getpass("Password: ")
+        line = sys.stdin.buffer.readline() if sys.stdin else b""
+        word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    elif os.path.isfile(native(word)) and not literal:
+        word = read_password_file(native(word))
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError("ERROR - the password is not UTF-8 text") from None
+    return word
+
+
+def read_password_file(path, plain=False):
+    """The password in a file made by create-password-file; plain: or else the file's text."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(65536).strip()
+    except OSError as error:
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+    try:
+        return base64.b64decode(data, validate=True).decode("utf-8")
+    except ValueError:
+        if plain:
+            return data.decode("utf-8", "replace")
+        raise ConfigError(
+            "ERROR - %s is a file, but no password file: see create-password-file" % path
+        ) from None
+
+
+def create_password_file(path, password, log):
+    """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
+    if os.path.lexists(path):
+        read_password_file(path)
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file:
+            file.write(base64.b64encode(password.encode("utf-8")))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise ConfigError("ERROR - cannot write the password file: %s" % describe(error)) from None
+    log("password file saved to: %s" % path)
+    return 0
+
+
+def verify_command(words, log):
+    """verify <config-file|folder> [vm-name]"""
+    if not 1 <= len(words) <= 2:
+        raise ConfigError("ERROR - usage: vmbackup.py verify <config-file|folder> [vm-name]")
+    top = native(words[0])
+    if os.path.isfile(top):
+        given = [value for key, value, _ in load_config(top) if key == "backup_dir" and value]
+        top = native(given[-1]) if given else KNOWN["backup_dir"].default
+    if not os.path.isdir(top):
+        raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
+    return verify(os.path.abspath(top), words[1] if len(words) > 1 else None, log)
+
+
+def main(argv=None):
+    """Runs the program with these arguments (default: sys.argv's); returns the exit status."""
+    os.umask(0o077)
+    log = Log(sys.stdout, sys.stderr, os.environ)
+    try:
+        return command([from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)], log)
+    except BackupError as error:
+        log_error(error, log)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
