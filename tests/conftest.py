@@ -4,3 +4,24 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import pytest  # noqa: E402
+from harness import Site  # noqa: E402
+from simulator.client import Simulator  # noqa: E402
+
+
+@pytest.fixture
+def site(tmp_path):
+    """site(pool) starts a simulator with that pool and gives the user's Site; all ends by itself."""
+    started = []
+
+    def make(pool=None, **options):
+        sim = Simulator.start(pool, **options)
+        started.append(sim)
+        path = tmp_path / ("site%d" % len(started))
+        path.mkdir()
+        return Site(sim, path)
+
+    yield make
+    for sim in started:
+        sim.stop()
