@@ -62,8 +62,9 @@ def show(*command, typed="", cwd=ROOT):
 @contextlib.contextmanager
 def simulator(python):
     """The simulator with its demo pool; what it says of itself when it is ready."""
-    process = subprocess.Popen([python, str(TESTS / "simulator"), "--demo"], cwd=str(ROOT),
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    print(f"$ {short(python)} tests/simulator --demo &")
+    process = subprocess.Popen([python, str(TESTS / "simulator"), "--demo", "--stdin-guard"],
+                               cwd=str(ROOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         ready = process.stdout.readline()
         if not ready:
@@ -75,8 +76,8 @@ def simulator(python):
 
 
 def tree(folder, indent=""):
-    """Prints mode, size and name of all that is in a folder."""
-    for path in sorted(folder.iterdir()):
+    """Prints mode, size and name of all that is in a folder, the files first."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         status = path.lstat()
         name, size = (path.name + "/", "") if path.is_dir() else (path.name, f"{status.st_size:,}")
         print(f"  {stat.filemode(status.st_mode)} {size:>13}  {indent}{name}")
