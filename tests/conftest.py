@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What all tests share. vmbackup.py and the modules of tests/ can be imported by name."""
 import sys
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The virtual environments of tests/run.py and tests/try_it.py: .venv/<name>/ inside the checkout.
 
 Standard library only, for any Python 3.6 or newer.

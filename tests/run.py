@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Runs every check and test of the project: python3 tests/run.py
 
 Needs nothing but a Python 3.6 or newer and a package index: it makes its virtual environments in

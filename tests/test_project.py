@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What holds the project together: its files, its one module's size and imports, its package."""
 import ast
 import os

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Shows vmbackup.py at work, with no pool at hand: python3 tests/try_it.py
 
 Starts the simulator of the tests with a small pool, previews a backup of it, makes the backup, and
