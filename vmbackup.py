@@ -45,6 +45,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import warnings
@@ -322,19 +323,14 @@ KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
 
 
-class Settings:
+class Settings(types.SimpleNamespace):
     """All settings as attributes, `rules` (the VM selectors in order), `warnings` that count as the
     run's, and `notes` that do not."""
 
     def __init__(self):
-        self.rules, self.warnings, self.notes = [], [], []
-        self.config_file = None
-        for setting in SETTINGS:
-            value = setting.parse(setting.default) if setting.default else None
-            setattr(self, setting.name, value)
-
-    def __getattr__(self, name):  # for mypy: all others are set above
-        raise AttributeError(name)
+        super().__init__(rules=[], warnings=[], notes=[], config_file=None)
+        for item in SETTINGS:
+            setattr(self, item.name, item.parse(item.default) if item.default else None)
 
 
 def read_config(data, source):
@@ -649,53 +645,66 @@ def _error_text(view):
     return "data after the end of the archive"
 
 
-class Xxh64:
-    """XXH64 of the system's libxxhash, with the methods of the package xxhash used here."""
+class Checker:
+    """Base of the checkers. _parse() is a generator that yields how many bytes it wants next and
+    is sent just those, as a memoryview; one over 64 KiB is valid until the next such one."""
 
     def __init__(self):
-        import ctypes
+        self._parser, self._large = self._parse(), bytearray()
+        self._expect(next(self._parser))
 
-        self._array, self._lib = ctypes.c_char, ctypes.CDLL("libxxhash.so.0")
-        self._lib.XXH64_createState.restype = ctypes.c_void_p
-        self._lib.XXH64_digest.restype = ctypes.c_ulonglong
-        self._state = ctypes.c_void_p(self._lib.XXH64_createState())
-        self._seed, self._size = ctypes.c_ulonglong(0), ctypes.c_size_t
-        self.reset()
+    def _parse(self):
+        raise NotImplementedError
 
-    def __del__(self):
-        if hasattr(self, "_state"):
-            self._lib.XXH64_freeState(self._state)
+    def _expect(self, want):
+        self._want, self._got = want, 0
+        if want > max(len(self._large), 65536):
+            self._large = bytearray(want)  # reused: fresh memory for each chunk costs CPU
+        self._piece = memoryview(self._large if want > 65536 else bytearray(want))[:want]
 
-    def reset(self):
-        self._lib.XXH64_reset(self._state, self._seed)
+    def feed(self, data):
+        view = memoryview(data)
+        while len(view):
+            if not self._want:
+                self._after(view)
+                return
+            count = min(self._want - self._got, len(view))
+            self._piece[self._got : self._got + count] = view[:count]
+            self._got += count
+            view = view[count:]
+            if self._got == self._want:
+                try:
+                    self._expect(self._parser.send(self._piece))
+                except StopIteration:
+                    self._expect(0)
 
-    def update(self, view):
-        size = len(view)
-        data = bytes(view) if view.readonly else (self._array * size).from_buffer(view)
-        self._lib.XXH64_update(self._state, data, self._size(size))
+    def _after(self, view):
+        """Bytes after the end."""
+        raise ArchiveError(_error_text(view))
 
-    def intdigest(self):
-        return self._lib.XXH64_digest(self._state)
-
-
-def make_xxh64():
-    """A reusable XXH64, or None where neither the package xxhash nor libxxhash is to be had."""
-    try:
-        import xxhash
-
-        return xxhash.xxh64()
-    except ImportError:
-        try:
-            return Xxh64()
-        except (OSError, AttributeError):
-            return None
-
-
-class Checker:
-    """Base of all checkers."""
+    def finish(self):
+        raise NotImplementedError
 
     def close(self):
         """Lets go of what the checker holds; harmless when called twice."""
+
+
+def find_xxh64():
+    """A function that gives the XXH64 of a buffer as a number, from the package xxhash or the
+    system's libxxhash; None where there is neither."""
+    try:
+        import xxhash
+
+        return xxhash.xxh64_intdigest
+    except ImportError:
+        import ctypes
+    try:
+        function = ctypes.CDLL("libxxhash.so.0").XXH64
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong]
+    function.restype = ctypes.c_ulonglong
+    return lambda view: function((ctypes.c_char * len(view)).from_buffer(view), len(view), 0)
 
 
 class XvaCheck(Checker):
@@ -703,199 +712,116 @@ class XvaCheck(Checker):
     filled to its virtual_size, two zero blocks, then nothing but zeros.
 
     Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
-    numbers rise but may skip (zeros) and a zero-length chunk is a keep-alive.
+    numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
+    chunk is a keep-alive.
     """
 
     def __init__(self):
-        self._take, self._need = self._header, 512
-        self._held = bytearray()
-        self._member = ""
-        self._left = self._padding = 0
-        self._disks = None  # {id: virtual_size} once ova.xml was read
-        self._done = []
-        self._disk = None  # id of the disk being filled
-        self._offset = self._number = 0
-        self._unit = None  # length of the archive's first chunk: what a skipped number stands for
-        self._unhashed = None  # (name, length) of a chunk whose hash has to follow
-        self._xxh64 = make_xxh64()
-        self._sha1 = None
-        self._use_sha1 = None  # unknown until the first hash member shows its kind
-        self._hashed = self._chunks = 0
+        self._xxh64 = find_xxh64()
+        self._name = "the very beginning"
+        self._disks = {}
+        self._chunks = self._hashed = 0
+        super().__init__()
 
-    def feed(self, data):
-        view = memoryview(data)
-        while len(view):
-            if self._need:  # whole blocks and small members are gathered, chunks stream through
-                if not self._held and len(view) >= self._need:
-                    piece, view = view[: self._need], view[self._need :]
-                else:
-                    missing = self._need - len(self._held)
-                    self._held += view[:missing]
-                    view = view[missing:]
-                    if len(self._held) < self._need:
-                        return
-                    piece, self._held = memoryview(self._held), bytearray()
-                self._need = 0
-                self._take(piece)
-            elif self._left:
-                piece, view = view[: self._left], view[self._left :]
-                self._left -= len(piece)
-                self._chunk_data(piece)
-                if not self._left:
-                    self._chunk_end()
-            else:  # the archive has ended
-                if bytes(view).strip(b"\0"):
-                    raise ArchiveError(_error_text(view))
-                return
-
-    def _next(self, take, need):
-        self._take, self._need = take, need
-
-    def _header(self, block):
-        if not bytes(block).strip(b"\0"):
-            self._next(self._end_block, 512)
-            return
-        raw = bytes(block)
-        text = bytearray(raw)
-        text[148:156] = b" " * 8
-        try:
-            if sum(text) != int(raw[148:156].strip(b" \0"), 8):
-                raise ValueError
-            size = int(raw[124:136].strip(b" \0") or b"0", 8)
-            self._member = raw[:100].split(b"\0")[0].decode("utf-8")
-        except ValueError:
-            raise ArchiveError(
-                _error_text(block) if raw.startswith(b"HTTP/1.") else "no tar header in its place"
-            ) from None
-        if size < 0 or raw[156:157] not in (b"\0", b"0"):
-            raise ArchiveError("unexpected kind of member: %s" % self._member)
-        self._padding = -size % 512
-        folder, _, name = self._member.partition("/")
-        number, _, kind = name.partition(".")
-        if self._disks is None:
-            if self._member != "ova.xml" or size > 256 * MIB:
-                raise ArchiveError("the archive does not begin with ova.xml")
-            self._next(self._ova, size + self._padding)
-        elif kind in ("xxhash", "checksum") and self._unhashed:
-            if "%s/%s" % (folder, number) != self._unhashed or size > 64:
-                raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
-            self._next(functools.partial(self._hash_member, kind, size), size + self._padding)
-        elif self._unhashed:
-            raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
-        elif not kind and re.match(r"[0-9]{8,18}\Z", number):
-            self._chunk_start(folder, int(number), size)
-        else:
-            raise ArchiveError("unexpected member %r" % self._member)
-
-    def _ova(self, data):
-        self._disks = expected_disks(bytes(data[: len(data) - self._padding]))
-        self._next(self._header, 512)
-
-    def _chunk_start(self, disk, number, size):
-        if disk != self._disk:
-            self._close_disk()
-            if disk not in self._disks or disk in self._done:
-                raise ArchiveError("unexpected member %r" % self._member)
-            if number:
-                raise ArchiveError("disk %s does not begin with chunk 0" % disk)
-            self._disk, self._offset, self._number = disk, 0, -1
-        if number <= self._number:
-            raise ArchiveError("chunk %s is out of order" % self._member)
-        if self._unit is None:
-            self._unit = size
-        self._offset += self._unit * (number - self._number - 1) + size
-        self._number = number
-        if self._offset > self._disks[disk]:
-            raise ArchiveError("disk %s is longer than its virtual size" % disk)
-        self._unhashed = self._member
-        self._chunks += 1
-        if self._xxh64:
-            self._xxh64.reset()
-        self._sha1 = hashlib.sha1() if self._use_sha1 is not False else None  # noqa: S324
-        self._left = size
-        if not size:
-            self._chunk_end()
-
-    def _chunk_data(self, piece):
-        if self._xxh64:
-            self._xxh64.update(piece)
-        if self._sha1:
-            self._sha1.update(piece)
-
-    def _chunk_end(self):
-        if self._padding:
-            self._next(lambda _zeros: self._next(self._header, 512), self._padding)
-        else:
-            self._next(self._header, 512)
-
-    def _hash_member(self, kind, size, data):
-        told = bytes(data[:size]).decode("ascii", "replace")
-        if kind == "checksum":
-            self._use_sha1 = True
-            mine = self._sha1.hexdigest() if self._sha1 else None
-        else:
-            self._use_sha1 = bool(self._use_sha1)
-            mine = "%016X" % self._xxh64.intdigest() if self._xxh64 else None
-        if mine is not None:
-            if told.lower() != mine.lower():
-                raise ArchiveError("chunk %s does not match its hash" % self._unhashed)
-            self._hashed += 1
-        self._unhashed = None
-        self._next(self._header, 512)
-
-    def _close_disk(self):
-        if self._disk is not None:
-            if self._offset != self._disks[self._disk]:
-                raise ArchiveError(
-                    "disk %s ends at %d of %d bytes"
-                    % (self._disk, self._offset, self._disks[self._disk])
-                )
-            self._done.append(self._disk)
-            self._disk = None
-
-    def _end_block(self, block):
-        if bytes(block).strip(b"\0"):
-            raise ArchiveError("one zero block only before more data")
-        if self._disks is None:
+    def _parse(self):
+        name, size = self._member((yield 512))
+        if name != "ova.xml" or not 0 < size <= 256 * MIB:
             raise ArchiveError("the archive does not begin with ova.xml")
-        if self._unhashed:
-            raise ArchiveError("the hash of chunk %s is missing" % self._unhashed)
-        self._close_disk()
-        for disk, size in self._disks.items():
-            if size and disk not in self._done:
-                raise ArchiveError("disk %s is missing" % disk)
-        self._take = None
+        self._disks = expected_disks(bytes((yield size + -size % 512)[:size]))
+        disk, offset, last, unit, done = None, 0, -1, None, []
+        block = yield 512
+        while bytes(block).strip(b"\0"):
+            name, size = self._member(block)
+            match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
+            if not match or size > 64 * MIB:
+                raise ArchiveError("unexpected member %r" % name)
+            if match.group(1) != disk:
+                self._filled(disk, offset)
+                disk, offset, last = match.group(1), 0, -1
+                if disk not in self._disks or disk in done or int(match.group(2)):
+                    raise ArchiveError("unexpected member %r" % name)
+                done.append(disk)
+            number, unit = int(match.group(2)), size if unit is None else unit
+            offset += unit * (number - last - 1) + size
+            if number <= last or offset > self._disks[disk]:
+                raise ArchiveError("chunk %s is out of order" % name)
+            last = number
+            yield from self._chunk(name, size)
+            block = yield 512
+        self._filled(disk, offset)
+        missing = [disk for disk, size in self._disks.items() if size and disk not in done]
+        if missing:
+            raise ArchiveError("disk %s is missing" % missing[0])
+        if bytes((yield 512)).strip(b"\0"):
+            raise ArchiveError("one zero block only before more data")
+
+    def _chunk(self, name, size):
+        data = (yield size + -size % 512)[:size] if size else memoryview(bytearray())
+        member, length = self._member((yield 512))
+        if member not in (name + ".xxhash", name + ".checksum") or not 0 < length <= 64:
+            raise ArchiveError("the hash of chunk %s is missing" % name)
+        told = bytes((yield 512)[:length]).decode("ascii", "replace").lower()
+        if member.endswith(".checksum"):  # before 2019
+            mine = hashlib.sha1(data).hexdigest()  # noqa: S324
+        else:
+            mine = "%016x" % self._xxh64(data) if self._xxh64 else None
+        if mine not in (None, told):
+            raise ArchiveError("chunk %s does not match its hash" % name)
+        self._chunks += 1
+        self._hashed += mine is not None
+
+    def _member(self, block):
+        """(name, size) of a tar header."""
+        raw = bytes(block)
+        try:
+            size = int(raw[124:136].strip(b" \0") or b"0", 8)
+            if sum(raw) - sum(raw[148:156]) + 8 * 32 != int(raw[148:156].strip(b" \0"), 8):
+                raise ValueError
+            name = raw[:100].split(b"\0")[0].decode("utf-8")
+        except ValueError:
+            text = _error_text(raw) if raw.startswith(b"HTTP/1.") else "no tar header in its place"
+            raise ArchiveError("%s, after %s" % (text, self._name)) from None
+        if size < 0 or raw[156:157] not in (b"\0", b"0"):
+            raise ArchiveError("unexpected kind of member: %r" % name)
+        self._name = name
+        return name, size
+
+    def _filled(self, disk, offset):
+        if disk is not None and offset != self._disks[disk]:
+            raise ArchiveError("disk %s ends at %d of %d bytes" % (disk, offset, self._disks[disk]))
+
+    def _after(self, view):
+        if bytes(view).strip(b"\0"):
+            raise ArchiveError(_error_text(view))
 
     def finish(self):
-        if self._take is not None:
-            where = self._member or "the very beginning"
-            raise ArchiveError("the archive is cut off at %s" % where)
-        proved = "archive (%d disks, %d chunks)" % (len(self._done), self._chunks)
+        if self._want:
+            raise ArchiveError("the archive is cut off at %s" % self._name)
+        proved = "archive (%d disks, %d chunks)" % (len(self._disks), self._chunks)
         if self._hashed == self._chunks:
             return [proved, "chunk hashes"]
         return [proved, "NOT %d chunk hashes (no libxxhash here)" % (self._chunks - self._hashed)]
 
 
 def parse_ova(data):
-    """The struct in an ova.xml: one XML-RPC value without a prolog. Raises ArchiveError."""
+    """The objects of an ova.xml, which is one XML-RPC value without a prolog."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     try:
         value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
-        return {"version": value["version"], "objects": list(value["objects"])}
+        return list(value["objects"])
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
 
 
 def expected_disks(data):
     """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold."""
+    by_class = collections.defaultdict(dict)
     try:
-        by_class = collections.defaultdict(dict)
-        for item in parse_ova(data)["objects"]:
+        for item in parse_ova(data):
             by_class[item["class"]][item["id"]] = item["snapshot"]
-        vdis, wanted = by_class["VDI"], []
-        for vm in by_class["VM"].values():
-            wanted.append(vm.get("suspend_VDI"))
+        vdis = by_class["VDI"]
+        wanted = [vm.get("suspend_VDI") for vm in by_class["VM"].values()]
         for vbd in by_class["VBD"].values():
             sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
             if vbd["type"] != "CD" and sr.get("content_type") != "iso":
@@ -909,18 +835,18 @@ class RawCheck(Checker):
     """Proves a raw disk whole: exactly `size` bytes."""
 
     def __init__(self, size):
-        self._size, self._seen = size, 0
+        self._size, self._seen, self._start = size, 0, b""
 
     def feed(self, data):
-        view = memoryview(data)
-        if not self._seen and self._size != len(view) and bytes(view[:7]) == b"HTTP/1.":
-            raise ArchiveError(_error_text(view))
-        self._seen += len(view)
+        self._start = self._start or bytes(data[:2048])
+        self._seen += len(data)
         if self._seen > self._size:
             raise ArchiveError("more bytes than the disk's virtual size (%d)" % self._size)
 
     def finish(self):
         if self._seen != self._size:
+            if self._start.startswith(b"HTTP/1."):
+                raise ArchiveError(_error_text(self._start))
             raise ArchiveError("%d of %d bytes arrived" % (self._seen, self._size))
         return ["size (%d bytes)" % self._size]
 
@@ -933,72 +859,53 @@ class VhdCheck(Checker):
     """
 
     def __init__(self, size=None):
-        self._size = size
-        self._seen = 0
-        self._start = bytearray()  # first footer, header and table, as far as needed
-        self._want = 512
-        self._tail = b""
-        self._footer = b""
-        self._blocks = None
-        self._end = 0
+        self._size, self._seen, self._tail = size, 0, b""
+        self._footer, self._blocks, self._end = b"", [], 0
+        super().__init__()
 
     def feed(self, data):
-        view = memoryview(data)
-        while self._want > len(self._start) and len(view) + self._seen > len(self._start):
-            begin = len(self._start) - self._seen
-            self._start += view[begin : begin + self._want - len(self._start)]
-            if len(self._start) == self._want:
-                self._parse()
-        self._seen += len(view)
-        self._tail = (self._tail + bytes(view[-512:]))[-512:]
+        self._seen += len(data)
+        self._tail = (self._tail + bytes(data[-512:]))[-512:]
+        super().feed(data)
+
+    def _after(self, view):
+        pass  # the blocks; finish() looks at the tail
 
     def _parse(self):
-        start = bytes(self._start)
-        if not self._footer:
-            self._footer = self._checked(start[:512], b"conectix", 64)
-            if self._footer is None:
-                raise ArchiveError(
-                    _error_text(start) if start.startswith(b"HTTP/1.") else "no VHD footer in front"
-                )
-            header, size = (struct.unpack(">Q", start[at : at + 8])[0] for at in (16, 48))
-            if struct.unpack(">I", start[60:64])[0] != 3 or not 512 <= header <= MIB:
-                raise ArchiveError("not a whole dynamic VHD")
-            if self._size not in (None, size):
-                raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (size, self._size))
-            self._size, self._want = size, header + 1024
-        elif self._blocks is None:
-            header = self._checked(start[-1024:], b"cxsparse", 36)
-            if header is None:
-                raise ArchiveError("the VHD's header is damaged")
-            table = struct.unpack(">Q", header[16:24])[0]
-            entries, self._block = struct.unpack(">II", header[28:36])
-            needed = -(-self._size // self._block) if self._block >= 512 else entries + 1
-            if not self._want <= table <= 64 * MIB or not needed <= entries <= 16 * MIB:
-                raise ArchiveError("the VHD's header makes no sense")
-            self._table, self._blocks, self._end = table, [], table + -(-entries * 4 // 512) * 512
-            self._entries, self._want = entries, table + entries * 4
-            if self._want == len(start):
-                self._parse()
-        else:
-            bitmap = -(-self._block // 4096 // 512) * 512
-            for entry in struct.unpack(">%dI" % self._entries, start[self._table :]):
-                if entry != 0xFFFFFFFF:
-                    self._blocks.append(entry * 512)
-            self._blocks.sort()
-            for offset in self._blocks:
-                if offset < self._end:
-                    raise ArchiveError("the VHD's blocks overlap")
-                self._end = offset + bitmap + self._block
-            self._start = bytearray(self._want)  # its length still says that all of it was seen
+        self._footer = start = bytes((yield 512))
+        if not self._intact(start, b"conectix", 64):
+            http = start.startswith(b"HTTP/1.")
+            raise ArchiveError(_error_text(start) if http else "no VHD footer in front")
+        at, size, kind = struct.unpack(">Q24xQ4xI", start[16:64])
+        if kind != 3 or not 512 <= at <= MIB:
+            raise ArchiveError("not a whole dynamic VHD")
+        if self._size not in (None, size):
+            raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (size, self._size))
+        if at > 512:
+            yield at - 512
+        header = bytes((yield 1024))
+        table, entries, block = struct.unpack(">Q4xII", header[16:36])
+        sane = block >= 512 and -(-size // block) <= entries <= 4 * MIB
+        if not self._intact(header, b"cxsparse", 36) or not sane or table < at + 1024:
+            raise ArchiveError("the VHD's header is damaged")
+        if table > at + 1024:
+            yield min(table - at - 1024, 64 * MIB)
+        numbers = struct.unpack(">%dI" % entries, (yield entries * 4)) if entries else ()
+        self._end = table + -(-entries * 4 // 512) * 512
+        self._blocks = sorted(number * 512 for number in numbers if number != 0xFFFFFFFF)
+        for offset in self._blocks:
+            if offset < self._end:
+                raise ArchiveError("the VHD's blocks overlap")
+            self._end = offset + -(-block // 4096 // 512) * 512 + block
 
     @staticmethod
-    def _checked(block, cookie, at):
-        told = struct.unpack(">I", block[at : at + 4])[0]
-        mine = ~(sum(block) - sum(block[at : at + 4])) & 0xFFFFFFFF
-        return block if block.startswith(cookie) and told == mine else None
+    def _intact(data, cookie, at):
+        told = data[at : at + 4]
+        mine = ~(sum(data) - sum(told)) & 0xFFFFFFFF
+        return data.startswith(cookie) and told == struct.pack(">I", mine)
 
     def finish(self):
-        if self._blocks is None or len(self._start) < self._want:
+        if self._want:
             raise ArchiveError("the VHD is cut off at its beginning")
         if self._tail != self._footer:
             at = self._tail.find(b"HTTP/1.")
@@ -1023,8 +930,7 @@ class GzipCheck(Checker):
             while len(view):
                 if self._gzip.eof:
                     raise ArchiveError(_error_text(view))
-                piece = self._gzip.decompress(view, MIB)
-                self._inner.feed(piece)
+                self._inner.feed(self._gzip.decompress(view, MIB))
                 rest = self._gzip.unused_data if self._gzip.eof else self._gzip.unconsumed_tail
                 view = memoryview(rest)
         except zlib.error as error:
@@ -1043,7 +949,7 @@ class ZstdCheck(Checker):
 
     def __init__(self, inner, command):
         self._inner, self._failure = inner, None
-        self._child = subprocess.Popen(  # noqa: S603
+        self._child = subprocess.Popen(
             [command, "-dcq"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -1057,21 +963,17 @@ class ZstdCheck(Checker):
     def _read(self):
         buffer = memoryview(bytearray(MIB))
         try:
-            while True:
-                count = self._stdout.readinto(buffer)
-                if not count:
-                    return
+            for count in iter(lambda: self._stdout.readinto(buffer), 0):
                 self._inner.feed(buffer[:count])
         except Exception as error:
             self._failure = error
             self._child.kill()
 
     def feed(self, data):
-        if self._failure:
-            raise self._failure
         try:
             self._child.stdin.write(data)
         except OSError:
+            self._reader.join()
             raise self._failure or ArchiveError("the zstd stream is damaged") from None
 
     def finish(self):
@@ -1086,7 +988,7 @@ class ZstdCheck(Checker):
         with contextlib.suppress(OSError):
             self._child.stdin.close()
         self._reader.join()
-        self._child.stdout.close()
+        self._stdout.close()
         self._child.wait()
 
 
@@ -1094,69 +996,39 @@ class ZstdFrameCheck(Checker):
     """Walks the blocks of one zstd frame without decompressing (RFC 8878): proves that the frame
     ends where the file does, and nothing about what is in it."""
 
-    def __init__(self):
-        self._held = bytearray()
-        self._skip = 0
-        self._need, self._take = 5, self._magic
-
-    def feed(self, data):
-        view = memoryview(data)
-        while len(view):
-            if self._take is None:
-                raise ArchiveError(_error_text(view))
-            if self._skip:
-                step = min(self._skip, len(view))
-                self._skip -= step
-            else:
-                step = min(self._need - len(self._held), len(view))
-                self._held += view[:step]
-            view = view[step:]
-            while not self._skip and self._take and len(self._held) == self._need:
-                held, self._held = bytes(self._held), bytearray()
-                self._take(held)
-
-    def _magic(self, held):
-        if held[:4] != b"\x28\xb5\x2f\xfd":
-            raise ArchiveError(_error_text(held) if held == b"HTTP/" else "not a zstd stream")
-        flags = held[4]
-        single = flags >> 5 & 1
-        fields = (0 if single else 1) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        self._checksum = 4 * (flags >> 2 & 1)
-        self._need, self._take = fields, self._block_next
-
-    def _block_next(self, _fields):
-        self._need, self._take = 3, self._block
-
-    def _block(self, held):
-        word = int.from_bytes(held, "little")
-        kind, size = word >> 1 & 3, word >> 3
-        if kind == 3:
-            raise ArchiveError("the zstd stream is damaged")
-        self._skip = 1 if kind == 1 else size
-        if word & 1:
-            self._skip += self._checksum
-            self._need, self._take = 0, self._frame_end
-
-    def _frame_end(self, _held):
-        self._take = None
+    def _parse(self):
+        head = bytes((yield 5))
+        if head[:4] != b"\x28\xb5\x2f\xfd":
+            raise ArchiveError(_error_text(head) if head == b"HTTP/" else "not a zstd stream")
+        flags, single = head[4], head[4] >> 5 & 1
+        yield (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
+        last = 0
+        while not last:
+            word = int.from_bytes((yield 3), "little")
+            last, kind, size = word & 1, word >> 1 & 3, word >> 3
+            if kind == 3 or size > 128 * 1024:
+                raise ArchiveError("the zstd stream is damaged")
+            if kind == 1 or size:
+                yield 1 if kind == 1 else size
+        if flags >> 2 & 1:
+            yield 4
 
     def finish(self):
-        if self._take is not None and not (self._take == self._frame_end and not self._skip):
+        if self._want:
             raise ArchiveError("the zstd stream is cut off")
         return ["zstd frame", "NOT the archive inside (no zstd command here)"]
 
 
 def make_checker(file_name, size=None):
     """The checker for an export by its file name; size: virtual_size in bytes of a single disk."""
-    name = file_name[: -len(".partial")] if file_name.endswith(".partial") else file_name
-    if name.endswith(".xva"):
+    if file_name.endswith(".xva"):
         return XvaCheck()
-    if name.endswith(".xva.gz"):
+    if file_name.endswith(".xva.gz"):
         return GzipCheck(XvaCheck())
-    if name.endswith(".xva.zst"):
+    if file_name.endswith(".xva.zst"):
         command = shutil.which("zstd")
         return ZstdCheck(XvaCheck(), command) if command else ZstdFrameCheck()
-    return VhdCheck(size) if name.endswith(".vhd") else RawCheck(size)
+    return VhdCheck(size) if file_name.endswith(".vhd") else RawCheck(size)
 
 
 # ============================== the XAPI client ==============================
@@ -2462,7 +2334,7 @@ class VmBackup:
         guest = next(iter(xapi.records("VM_guest_metrics", guests).values()), {})
         os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
         left_out = ["%s: %s" % (d.label, d.vdi["name_label"]) for d in self.disks if d.left_out]
-        keys = ("name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
+        keys = ["name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"]
         self._write_cfg(
             "vm.cfg",
             [("name_label", self.choice.name)]
@@ -2489,10 +2361,10 @@ class VmBackup:
                 + [("unplugable", unpluggable), ("unpluggable", unpluggable)]
                 + [("empty", disk.vbd["empty"]), ("orig_uuid", original.vbd["uuid"])],
             )
-            keys = ("name_label", "name_description", "virtual_size", "type", "sharable")
+            keys = ["name_label", "name_description", "virtual_size", "type", "sharable"]
             self._write_cfg(
                 folder + "/vdi.cfg",
-                [(key, disk.vdi[key]) for key in keys + ("read_only",)]
+                [(key, disk.vdi[key]) for key in keys + ["read_only"]]
                 + [("orig_uuid", original.vdi["uuid"])]
                 + [("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))],
             )
