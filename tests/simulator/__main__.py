@@ -19,6 +19,7 @@ far as it is free, each with a self-signed certificate of its own.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -95,6 +96,7 @@ def _end_with_stdin(ended):
 def main():
     """Build the pool, serve it, wait for the end."""
     options = _arguments()
+    gc.disable()    # the records of a large pool are many, and stay
     builder, description = None, {}
     if options.database:
         made = world.from_dump(options.database)
@@ -108,6 +110,7 @@ def main():
         made = builder.build()
     if options.password is not None:
         made.password = options.password
+    gc.enable()
     simulator = Simulator(made, dict(description.get("settings", {}), **options.settings))
     folder = tempfile.mkdtemp(prefix="xapi-simulator-")
     ended = threading.Event()
@@ -123,8 +126,8 @@ def main():
         simulator.change_faults(description.get("faults", ()))
         _listen(simulator.members, folder, options.port, options.http_port, options.socket)
         control_url = control.serve(simulator, builder, options.control_port)
+        made.db.warm_up()
         print(json.dumps(_describe(simulator, control_url)), flush=True)
-        threading.Thread(target=control.warm_up, args=(made.db,), daemon=True).start()
         if options.stdin_guard:
             threading.Thread(target=_end_with_stdin, args=(ended,), daemon=True).start()
         ended.wait()

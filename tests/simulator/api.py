@@ -81,7 +81,7 @@ def _convert(word, value):
         try:
             return {"int": int, "float": float}[kind](value)
         except (TypeError, ValueError):
-            raise _wrong_type(kind, value)
+            raise _wrong_type(kind, value) from None
     wanted = {"set": list, "map": dict}.get(kind, str)
     if not isinstance(value, wanted):
         raise _wrong_type({"set": "list", "map": "dict", "ref": "string"}.get(kind, kind), value)
@@ -271,7 +271,7 @@ def _records(call, cls, expression):
         try:
             test = dbfilter.compile_filter(cls, expression)
         except dbfilter.BadFilter as error:
-            raise XapiError("INVALID_VALUE", "expr", "%s: %s" % (expression, error))
+            raise XapiError("INVALID_VALUE", "expr", "%s: %s" % (expression, error)) from None
     parts = ["<value><struct>"]
     xml = call.db.xml
     for ref, record in call.db.tables[cls].items():
@@ -560,7 +560,7 @@ def _event_from(call, classes, token, timeout):
     try:
         since = int(token.split(",")[0]) if token else -1
     except ValueError:
-        raise XapiError("EVENT_FROM_TOKEN_PARSE_FAILURE", token)
+        raise XapiError("EVENT_FROM_TOKEN_PARSE_FAILURE", token) from None
     names = {name.lower() for name in classes}
 
     def wanted(cls, ref):
@@ -598,7 +598,8 @@ def _still_there(call):
 def _event(db, generation, cls, ref, operation):
     members = [
         ("id", "<value>%d</value>" % generation), ("timestamp", "<value>0.0</value>"),
-        ("class", "<value>%s</value>" % cls.lower()), ("operation", "<value>%s</value>" % operation),
+        ("class", "<value>%s</value>" % cls.lower()),
+        ("operation", "<value>%s</value>" % operation),
         ("ref", "<value>%s</value>" % ref)]
     if operation != "del":
         members.append(("snapshot", db.xml(cls, ref)))

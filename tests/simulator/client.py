@@ -88,12 +88,13 @@ class Simulator:
 
     def _do(self, what, **arguments):
         body = json.dumps(dict(arguments, do=what)).encode("utf-8")
-        request = urllib.request.Request(self.control, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(  # noqa: S310 - our own URL
+            self.control, body, {"Content-Type": "application/json"})
         try:
             with _OPENER.open(request) as answer:
                 return json.loads(answer.read().decode("utf-8"))
         except urllib.error.HTTPError as error:
-            raise ValueError(json.loads(error.read().decode("utf-8")))
+            raise ValueError(json.loads(error.read().decode("utf-8"))) from None
 
     # --- what goes wrong --------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import json
 import socketserver
 import threading
 
-from . import disks, world as worlds
+from . import disks
+from . import world as worlds
 from .schema import TYPES
 
 
@@ -66,7 +67,7 @@ class Control:
             return self._builder.vm(vm)
 
     def delete_vm(self, name):
-        self._simulator.add_fault("vm_deleted", {"name": name})
+        self._simulator.add_fault("vm_deleted", {"target": name})
 
     def take_snapshot(self, vm, name):
         with self._db.lock:
@@ -132,11 +133,3 @@ def serve(simulator, builder, port=0):
     server = _Server(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return "http://127.0.0.1:%d" % server.server_port
-
-
-def warm_up(db):
-    """Encode all VMs, so that the first listing of a large pool is as fast as the others."""
-    for ref in list(db.tables["VM"]):
-        with db.lock:
-            if ref in db.tables["VM"]:
-                db.xml("VM", ref)

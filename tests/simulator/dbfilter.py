@@ -32,7 +32,8 @@ class _Parser:
             if match is None:
                 raise BadFilter(expression)
             sign, literal, word = match.groups()
-            self.tokens.append(("literal", literal) if literal is not None else (sign or word, None))
+            kind = "literal" if literal is not None else sign or word
+            self.tokens.append((kind, literal))
             position = match.end()
 
     def next(self, wanted=None):

@@ -77,9 +77,9 @@ too), ``moment`` as above; or at byte ``after`` of a body of ``path`` (wire); wi
     session_lost        all sessions are invalid from now on
     xapi_restart        all sessions and tasks are gone, all connections are closed
     master_moves        the member with index ``to`` becomes the master
-    vm_renamed          the VM ``name`` is called ``to``
-    vm_deleted          the VM ``name`` and its disks are gone
-    vm_stopped          the VM ``name`` is Halted
+    vm_renamed          the VM ``target`` is called ``to``
+    vm_deleted          the VM ``target`` and its disks are gone
+    vm_stopped          the VM ``target`` is Halted
     task_vanish         all tasks are destroyed by somebody else
     tasks_cancelled     all pending tasks become cancelled at once
     host_down           the member with index ``member`` refuses connections
@@ -157,9 +157,9 @@ ACTIONS = {
     "session_lost": set(),
     "xapi_restart": set(),
     "master_moves": {"to"},
-    "vm_renamed": {"name", "to"},
-    "vm_deleted": {"name"},
-    "vm_stopped": {"name"},
+    "vm_renamed": {"target", "to"},
+    "vm_deleted": {"target"},
+    "vm_stopped": {"target"},
     "task_vanish": set(),
     "tasks_cancelled": set(),
     "host_down": {"member"},
@@ -252,6 +252,12 @@ class Faults:
                         fault.left -= 1
                     taken.append(fault)
         return taken
+
+    def spend(self, fault):
+        """Count a fault that happens now."""
+        with self._lock:
+            fault.fired += 1
+            fault.left = 0
 
     def take(self, name, **occasion):
         """The first of them, or None."""

@@ -17,6 +17,7 @@ _SERVER = "Server: xapi/26.17"
 _NO_STORE = ("Connection: close", "Cache-Control: no-cache, no-store")
 _RAW_TYPES = {"raw": "application/octet-stream", "vhd": "application/vhd",
               "tar": "application/x-tar"}
+_NO_BOOL = XapiError("INTERNAL_ERROR", 'Invalid_argument("bool_of_string")')
 _EPIPE = ("CLIENT_ERROR", 'INTERNAL_ERROR: [ Unix.Unix_error(Unix.EPIPE, "write", "") ]')
 
 
@@ -57,6 +58,7 @@ class Handler:
         self.own_task = False
         self.session = None
         self.vm = self.vdi = None
+        self._locked = []
 
     def run(self):
         """Answer the request; the connection closes afterwards."""
@@ -197,7 +199,7 @@ class Handler:
                 if all(self.world.sees(host, sr) for sr in srs)]
         if not able:
             self._empty_reply(["NO_HOSTS_AVAILABLE"])
-        self._redirect(self._location(random.choice(able)))
+        self._redirect(self._location(random.choice(able)))  # noqa: S311 - as xapi does
 
     def _fail_by_fault(self):
         fault = self.fault("export_500")
@@ -222,7 +224,7 @@ class Handler:
         self._fail_by_fault()
         preserve = self.request.parameter("preserve_power_state", "false")
         if preserve not in ("true", "false"):
-            self._fail_before_body(XapiError("INTERNAL_ERROR", 'Invalid_argument("bool_of_string")'))
+            self._fail_before_body(_NO_BOOL)
         try:
             self._lock_vm(vm, "export")
         except XapiError as error:
@@ -240,7 +242,7 @@ class Handler:
             compressor = sinks.COMPRESSORS.get(query.get("use_compression"))
             self._body(lambda: self._archive(document, disks), compressor)
         finally:
-            self._unlock_vm(vm)
+            self._unlock()
 
     def _lock_vm(self, vm, operation):
         """Take the VM for the operation, or raise why not."""
@@ -265,19 +267,28 @@ class Handler:
                 if not others:
                     db.set("VM", vm, "current_operations",
                            dict(record["current_operations"], **{self.task: operation}))
+                    self._locked.append(vm)
                     return
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self.simulator.busy(vm, others)
                 db.changed.wait(left)
 
-    def _unlock_vm(self, vm):
+    def _unlock(self):
+        """Let go of the VMs that are still locked."""
         with self.db.lock:
-            record = self.db.get("VM", vm)
-            if record is not None:
-                operations = dict(record["current_operations"])
-                operations.pop(self.task, None)
-                self.db.set("VM", vm, "current_operations", operations)
+            while self._locked:
+                vm = self._locked.pop()
+                record = self.db.get("VM", vm)
+                if record is not None:
+                    operations = dict(record["current_operations"])
+                    operations.pop(self.task, None)
+                    self.db.set("VM", vm, "current_operations", operations)
+
+    def _complete(self, status, error_info=()):
+        """End the task, after the VM is free again and before the connection closes."""
+        self._unlock()
+        self.simulator.complete_task(self.task, status, error_info=error_info)
 
     def _archive(self, document, disks):
         """The buffers of a whole archive."""
@@ -288,8 +299,7 @@ class Handler:
                 yield xva.ova_member(document)
             for identity, vdi, content in disks:
                 options = self._disk_options(vdi)
-                for data in self._attached(vdi, xva.disk_members(identity, content, options)):
-                    yield data
+                yield from self._attached(vdi, xva.disk_members(identity, content, options))
             if not everything.take("no_end_blocks", host=self.host, **self.names):
                 yield xva.END
         trailing = everything.take("trailing_text", host=self.host, **self.names)
@@ -300,8 +310,7 @@ class Handler:
         """The buffers, with the disk in use meanwhile."""
         self.simulator.attach(vdi, 1)
         try:
-            for data in buffers:
-                yield data
+            yield from buffers
         finally:
             slow = self.fault("slow_detach")
             if slow:
@@ -313,8 +322,8 @@ class Handler:
 
     def _disk_options(self, vdi):
         """How this disk is written, by the faults that concern it."""
-        occasion = dict(host=self.host, vm=self.names["vm"],
-                        vdi=self.simulator.names("VDI", vdi))
+        occasion = {"host": self.host, "vm": self.names["vm"],
+                    "vdi": self.simulator.names("VDI", vdi)}
         options = xva.DiskOptions()
 
         def chunks(name, default=-1):
@@ -358,16 +367,16 @@ class Handler:
         except _Failure as failure:
             status = "cancelled" if failure.cancelled else "failure"
             info = () if failure.cancelled else failure.error_info
-            self.simulator.complete_task(self.task, status, error_info=info)
+            self._complete(status, info)
             if failure.text:
                 self.connection.internal_error(self.request, XapiError(*failure.error_info))
         except OSError:
-            self.simulator.complete_task(self.task, "failure", error_info=_EPIPE)
+            self._complete("failure", _EPIPE)
             self.entry["outcome"] = "200, client gone"
-            raise DropConnection
+            raise DropConnection from None
         else:
             if self.fault("task_never_completes") is None:
-                self.simulator.complete_task(self.task, "success")
+                self._complete("success")
         finally:
             self.entry["bytes"] = wire.position
 
@@ -448,7 +457,7 @@ class Handler:
         return [(_offset(after, size), action) for after, action in triggers]
 
     def _reset(self):
-        self.simulator.complete_task(self.task, "failure", error_info=_EPIPE)
+        self._complete("failure", _EPIPE)
         self.connection.reset()
         raise DropConnection
 
@@ -457,7 +466,7 @@ class Handler:
         if cut.task == "vanish":
             self.simulator.vanish_task(self.task)
         elif cut.task in ("failure", "success"):
-            self.simulator.complete_task(self.task, cut.task, error_info=cut.error_info)
+            self._complete(cut.task, cut.error_info)
         self.entry["outcome"] = "200, cut"
         raise DropConnection
 
@@ -477,16 +486,15 @@ class Handler:
         else:
             vms = [self._vm_or_fail()]
         self._take_task("VM.export_metadata")
-        error, locked = None, []
+        error = None
         fault = self.fault("export_500")
         if fault:
             error = XapiError(*fault.get("error_info", ["INTERNAL_ERROR", "?"]))
         elif not set(flags.values()) <= {"true", "false"}:
-            error = XapiError("INTERNAL_ERROR", 'Invalid_argument("bool_of_string")')
+            error = _NO_BOOL
         try:
             for vm in vms if error is None else ():
                 self._lock_vm(vm, "metadata_export")
-                locked.append(vm)
             if error is None:
                 with self.db.lock:
                     excluded = query.get("excluded_device_types", "").split(",")
@@ -497,8 +505,7 @@ class Handler:
         except XapiError as failed:
             error = failed
         finally:
-            for vm in locked:
-                self._unlock_vm(vm)
+            self._unlock()
         if error is not None:
             self.connection.head("HTTP/1.1 500 internal error", "content-length: 0")
             self._fail_before_body(error)
@@ -544,13 +551,11 @@ class Handler:
         if kind == "vhd" and content.size > 2040 << 30:
             raise _Failure(["VDI_TOO_LARGE", vdi, str(2040 << 30)])
         if kind == "tar":
-            buffers = self._archive(None, [("vdi", vdi, content)])
+            yield from self._archive(None, [("vdi", vdi, content)])
+        elif kind == "vhd":
+            yield from self._attached(vdi, vhd.stream(content, self.db.get("VDI", vdi)["uuid"]))
         else:
-            stream = xva.raw(content) if kind == "raw" else vhd.stream(
-                content, self.db.get("VDI", vdi)["uuid"])
-            buffers = self._attached(vdi, stream)
-        for data in buffers:
-            yield data
+            yield from self._attached(vdi, xva.raw(content))
 
     def _xmldbdump(self):
         self._redirect_faults()
@@ -567,8 +572,7 @@ class Handler:
 
 def _iterate(buffers, failure=None):
     """The buffers, then the failure."""
-    for data in buffers:
-        yield data
+    yield from buffers
     if failure is not None:
         raise failure
 

@@ -62,7 +62,7 @@ def vif(network=None, mac=None, mtu=None, device=None, other_config=None, uuid=N
 class Pool:
     """A pool under construction: one host, one local SR, one ISO SR, one network."""
 
-    def __init__(self, name="pool", password="secret", hosts=1, username="root"):
+    def __init__(self, name="pool", password="secret", hosts=1, username="root"):  # noqa: S107
         self.description = {
             "name": name,
             "username": username,

@@ -189,17 +189,21 @@ def _read(text):
 
 
 TYPES = {}
-_DEFAULTS = {}
+DEFAULTS = {}
 for _cls, _text in _FIELDS.items():
-    TYPES[_cls], _DEFAULTS[_cls] = _read(_text)
+    TYPES[_cls], DEFAULTS[_cls] = _read(_text)
+_MUTABLE = {
+    cls: [(name, type(value)) for name, value in defaults.items()
+          if isinstance(value, (list, dict))]
+    for cls, defaults in DEFAULTS.items()
+}
 
 
 def new_record(cls, **fields):
     """A complete record of the class, with the given fields."""
-    record = {
-        name: (value.copy() if isinstance(value, (list, dict)) else value)
-        for name, value in _DEFAULTS[cls].items()
-    }
+    record = DEFAULTS[cls].copy()
+    for name, make in _MUTABLE[cls]:
+        record[name] = make()
     for name, value in fields.items():
         if name not in record:
             raise KeyError("%s has no field %s" % (cls, name))

@@ -2,6 +2,7 @@
 """HTTP as xapi serves it: listeners of the members, connections, requests, error texts."""
 
 import base64
+import contextlib
 import socket
 import ssl
 import struct
@@ -94,18 +95,14 @@ class Member:
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def stop(self):
         """Listen no more."""
         for listener in self._listeners:
-            try:
+            with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             listener.close()
         self.close_connections()
 
@@ -135,16 +132,12 @@ def _tls_context(certificate, key):
 
 
 def _close(connection):
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if isinstance(connection, ssl.SSLSocket):
             connection.settimeout(1)
             connection.unwrap()
-    except (OSError, ValueError):
-        pass
-    try:
+    with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     connection.close()
 
 
@@ -204,16 +197,16 @@ class Connection:
             try:
                 head = self._read_head(first)
             except _BadHead as error:
-                return self.error_page(None, *error.args)
+                self.error_page(None, *error.args)
+                return
             if head is None:
                 return
             first = False
             try:
                 request = Request(head)
             except ValueError:
-                return self.error_page(None, "400", "Bad Request",
-                                       "<h1>HTTP 400 bad request</h1>The HTTP request was "
-                                       "malformed. Please correct and retry.")
+                self.error_page(None, *BAD_REQUEST)
+                return
             try:
                 if not self._answer(request):
                     return
@@ -233,7 +226,7 @@ class Connection:
                 self._buffer += data
                 self.socket.settimeout(self.simulator.settings["head_timeout"])
         except socket.timeout:
-            raise _BadHead(*TIMEOUT)
+            raise _BadHead(*TIMEOUT) from None
         finally:
             self.socket.settimeout(None)
         head, _, rest = self._buffer.partition(b"\r\n\r\n")
@@ -311,7 +304,7 @@ class Connection:
 
     def _call_faults(self, request, name, moment, entry):
         """Hang, drop or refuse a call; False ends the connection."""
-        occasion = dict(method=name, moment=moment, host=self.member.index)
+        occasion = {"method": name, "moment": moment, "host": self.member.index}
         hang = self.simulator.faults.take("rpc_hang", **occasion)
         if hang:
             restarts = self.simulator.restarts
@@ -361,6 +354,8 @@ class Connection:
             self.socket.close()
 
 
+BAD_REQUEST = ("400", "Bad Request", "<h1>HTTP 400 bad request</h1>The HTTP request was malformed. "
+                                     "Please correct and retry.")
 TIMEOUT = ("408", "Request Timeout",
            "<h1>HTTP 408 request timeout</h1>Timed out waiting for the request.")
 TOO_LARGE = ("431", "Request Header Fields Too Large",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The simulated pool as a whole: its state, its members, what was asked of it."""
 
+import contextlib
 import os
 import threading
 import time
@@ -51,8 +52,8 @@ class Simulator:
         """Set a fault; an action that waits for nothing is done at once.  Returns its number."""
         fault = self.faults.add(name, options)
         if fault.immediate:
-            if self.faults.take(name) is fault:
-                self._do(fault)
+            self.faults.spend(fault)
+            self._do(fault)
         return fault.number
 
     # --- the record of what was asked -------------------------------------------------------------
@@ -179,10 +180,8 @@ class Simulator:
         getattr(self, "_do_" + fault.name)(fault)
 
     def _do_kill_client_at(self, fault):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(fault.get("pid"), fault.get("signal", 9))
-        except ProcessLookupError:
-            pass
 
     def _do_session_lost(self, _):
         with self.db.lock:
@@ -214,15 +213,15 @@ class Simulator:
         self._do_task_vanish(fault)
 
     def _do_vm_renamed(self, fault):
-        self.db.set("VM", self.db.find("VM", fault.get("name")), "name_label", fault.get("to"))
+        self.db.set("VM", self.db.find("VM", fault.get("target")), "name_label", fault.get("to"))
 
     def _do_vm_stopped(self, fault):
         with self.db.lock:
-            self.halt_vm(self.db.find("VM", fault.get("name")))
+            self.halt_vm(self.db.find("VM", fault.get("target")))
 
     def _do_vm_deleted(self, fault):
         with self.db.lock:
-            vm = self.db.find("VM", fault.get("name"))
+            vm = self.db.find("VM", fault.get("target"))
             disks = [self.db.get("VBD", vbd)["VDI"] for vbd in self.db.get("VM", vm)["VBDs"]
                      if self.db.get("VBD", vbd)["type"] == "Disk"]
             self.delete_vm(vm)

@@ -6,6 +6,7 @@ end happen before the compressor, which then still ends its stream properly; tho
 end hit the bytes as the client sees them.
 """
 
+import contextlib
 import subprocess
 import threading
 import time
@@ -106,13 +107,11 @@ class _ZstdCommand:
             self._process.stdin.write(data)
         except BrokenPipeError:
             self._reader.join()
-            raise self._error or BrokenPipeError("zstd ended early")
+            raise self._error or BrokenPipeError("zstd ended early") from None
 
     def finish(self):
-        try:
+        with contextlib.suppress(OSError):
             self._process.stdin.close()
-        except OSError:
-            pass
         self._reader.join()
         self._process.stdout.close()
         self._process.wait()

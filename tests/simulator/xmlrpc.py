@@ -57,8 +57,15 @@ ENCODERS = {
     "set": _set, "refs": _set, "map": _map,
 }
 
+
+
+def _member(name, kind, value):
+    return "<member><name>%s</name>%s</member>" % (name, ENCODERS[kind](value))
+
+
+# Most fields have their default, of which the text is made once.
 _RECORD_PARTS = {
-    cls: [(name, "<member><name>%s</name>" % name, ENCODERS[kind])
+    cls: [(name, kind, schema.DEFAULTS[cls][name], _member(name, kind, schema.DEFAULTS[cls][name]))
           for name, kind in types.items()]
     for cls, types in schema.TYPES.items()
 }
@@ -67,8 +74,9 @@ _RECORD_PARTS = {
 def record(cls, fields):
     """A whole record of the class, encoded."""
     parts = ["<value><struct>"]
-    for name, opening, encode in _RECORD_PARTS[cls]:
-        parts += (opening, encode(fields[name]), "</member>")
+    for name, kind, default, text in _RECORD_PARTS[cls]:
+        value = fields[name]
+        parts.append(text if value == default else _member(name, kind, value))
     parts.append("</struct></value>")
     return "".join(parts)
 
@@ -98,7 +106,7 @@ def parse_call(body):
     try:
         parameters, method = xmlrpc.client.loads(body)
     except Exception as error:
-        raise ValueError("not a method call: %s" % error)
+        raise ValueError("not a method call: %s" % error) from None
     if method is None:
         raise ValueError("not a method call")
     return method, list(parameters)
