@@ -1038,6 +1038,8 @@ CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it 
 SILENCE = 30  # seconds without a byte after which the host is asked how the task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
+TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
+SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
 
 
 class Stop:
@@ -1196,7 +1198,7 @@ class Transport(xmlrpc.client.Transport):
     user_agent = "vmbackup/" + __version__
     accept_gzip_encoding = False
 
-    def __init__(self, endpoint, timeout=CALL_TIMEOUT):
+    def __init__(self, endpoint, timeout):
         super().__init__()
         self._endpoint, self._timeout, self._used = endpoint, timeout, 0.0
 
@@ -1242,7 +1244,7 @@ class Xapi:
         reasons = []
         for endpoint in self._hosts:
             for _hop in range(3):
-                transport = Transport(endpoint)
+                transport = Transport(endpoint, CALL_TIMEOUT)
                 session = XenAPI.Session("http://xapi", transport=transport)
                 try:
                     session.login_with_password(*self._credentials, "1.0", "vmbackup")
@@ -1384,10 +1386,10 @@ class Xapi:
         """Runs Async.method to its end and returns the ref that is its result.
 
         When a stop is asked for, the task is cancelled; if it ended well all the same its result
-        is returned, so that the caller can undo it. Gives up after an hour.
+        is returned, so that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
         task = self.call("Async." + method, *args)
-        deadline, pause, asked = time.monotonic() + 3600, 0.02, False
+        deadline, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
         try:
             while True:
                 record = self.call("task.get_record", task)
@@ -1399,7 +1401,8 @@ class Xapi:
                         self.call("task.cancel", task)
                 if time.monotonic() > deadline:
                     stop.check()
-                    raise XapiError(["TASK_TIMEOUT"], "%s did not end within an hour" % method)
+                    doing = "%s did not end within %d s" % (method, SNAPSHOT_TIMEOUT)
+                    raise XapiError(["TASK_TIMEOUT"], doing)
                 time.sleep(pause) if asked else stop.sleep(pause)
                 pause = min(pause * 1.5, 2)
         finally:
@@ -1655,7 +1658,7 @@ def task_failure(xapi, task):
 def task_verdict(xapi, stop, task):
     """Whether the export's task ended well: True, or None if the task is gone (unknown). Raises
     XapiError if it failed, was cancelled or does not end within a minute of the stream's end."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TASK_ENDS
     while True:
         try:
             record = xapi.call("task.get_record", task)
