@@ -49,6 +49,7 @@ import types
 import unicodedata
 import urllib.parse
 import warnings
+import xml.parsers.expat
 import xmlrpc.client
 import zlib
 from typing import Any
@@ -257,8 +258,9 @@ def parse_host(text):
     host = url.hostname
     if scheme not in ("http", "https") or not host or url.username or url.path.strip("/"):
         raise ValueError
-    if not re.match(r"[\w.:%-]+\Z", host) or url.query or url.fragment:
+    if not re.match(r"[\w.:%-]+\Z", host) or url.query or url.fragment or url.port == 0:
         raise ValueError
+    host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
     if scheme == "http" and not is_loopback(host):
         raise ValueError
     return Address(scheme, host, url.port or (443 if scheme == "https" else 80))
@@ -379,7 +381,7 @@ def compile_rule(rule):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return re.compile(rule.name)
-    except (re.error, OverflowError, RecursionError):
+    except (re.error, ValueError, OverflowError, RecursionError):
         raise ConfigError("***ERROR - invalid regex: %s=%s" % (rule.key, rule.value)) from None
 
 
@@ -1034,6 +1036,8 @@ def make_checker(file_name, size=None):
 # ============================== the XAPI client ==============================
 
 CONNECT_TIMEOUT = 30  # seconds
+KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
+             (socket.TCP_KEEPCNT, 8))  # fmt: skip
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
 SILENCE = 30  # seconds without a byte after which the host is asked how the task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
@@ -1043,11 +1047,11 @@ SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
 
 
 class Stop:
-    """A request to stop by signal. Code that must not be torn apart looks at it when it can."""
+    """A request to stop by signal. It tears nothing apart: code looks at it where it can undo what
+    it has done, and streams that are being read end at once."""
 
     def __init__(self):
         self.signum = None
-        self.deferred = False  # False: the signal may end the main thread wherever it is
         self.streams = set()
 
     def handler(self, signum, _frame):
@@ -1055,8 +1059,6 @@ class Stop:
         self.signum = self.signum or signum
         for stream in list(self.streams):
             stream.abort()
-        if not self.deferred:
-            raise Interrupted(signum)
 
     def check(self):
         if self.signum:
@@ -1067,12 +1069,6 @@ class Stop:
         end = time.monotonic() + seconds
         while not self.signum and time.monotonic() < end:
             time.sleep(max(0, min(0.1, end - time.monotonic())))
-
-
-class UntrustedHost(BackupError):
-    """The host's certificate is not the one, or not one of those, that the settings trust."""
-
-    exit_code = 3
 
 
 class Endpoint:
@@ -1103,17 +1099,16 @@ class Endpoint:
         scheme, host, port = self.address
         if scheme == "unix":
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect(host)
-            sock.settimeout(timeout)
-            return sock
-        sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        else:
+            sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8)):
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            if scheme == "unix":
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(host)
+            else:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in KEEPALIVE:
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
             if scheme == "https":
                 sock = self._tls(sock)
         except BaseException:
@@ -1125,24 +1120,19 @@ class Endpoint:
     def _tls(self, sock):
         if self._context is None:
             self._context = self._make_context()
-        named = self._context.check_hostname
+        name = self.address.host if self._context.check_hostname else None
         try:
-            sock = self._context.wrap_socket(
-                sock, server_hostname=self.address.host if named else None
-            )
-        except ssl.SSLError as error:
-            # Python 3.6 has no SSLCertVerificationError and tells a wrong name by CertificateError.
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise UntrustedHost(self._untrusted()) from None
+            tls = self._context.wrap_socket(sock, server_hostname=name)
+        except (ssl.SSLError, ssl.CertificateError) as error:
+            # In Python 3.6 CertificateError is a wrong name only, and no SSLError.
+            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ConfigError(self._untrusted()) from None
             raise
-        except ssl.CertificateError:
-            raise UntrustedHost(self._untrusted()) from None
-        if self.checked and self.pins:
-            shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
-            if shown not in self.pins:
-                sock.close()
-                raise UntrustedHost(self._untrusted(shown))
-        return sock
+        shown = hashlib.sha256(tls.getpeercert(True)).hexdigest()
+        if self.checked and self.pins and shown not in self.pins:
+            tls.close()
+            raise ConfigError(self._untrusted(shown))
+        return tls
 
     def _make_context(self):
         if self.checked and not self.pins:
@@ -1218,7 +1208,23 @@ class Transport(xmlrpc.client.Transport):
 
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError)
+BROKEN = (
+    OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, xml.parsers.expat.ExpatError,
+)  # fmt: skip
+
+
+def send(session, method, args):
+    """One call on a XenAPI session; all that can go wrong as XapiError or ConnectionLost."""
+    import XenAPI
+
+    try:
+        return session.xenapi_request(method, args)
+    except XenAPI.Failure as failure:
+        raise XapiError(failure.details, method) from None
+    except (xmlrpc.client.ResponseError, xmlrpc.client.Fault) as fault:
+        raise XapiError(["SESSION_INVALID", describe(fault)], method) from None
+    except BROKEN as error:
+        raise ConnectionLost(error) from None
 
 
 class Xapi:
@@ -1277,19 +1283,17 @@ class Xapi:
 
     def _master(self, slave, told):
         """The Endpoint of the master that a slave names: an address, as a rule without a port."""
-        base = next((host for host in self._hosts if host.address.scheme != "unix"), slave)
         try:
             address = parse_host(told)
         except ValueError:
-            raise ConfigError("ERROR - the host names %r as its master" % told) from None
-        if not re.search(r"\]:\d+\Z|^[^:]*:\d+\Z", told):
-            address = address._replace(port=slave.address.port or 443)
-        if is_loopback(address.host) and is_loopback(slave.address.host):
-            address = address._replace(scheme=slave.address.scheme)
-        elif slave.address.scheme == "http":
-            address = address._replace(port=443)
+            raise ConfigError("the host names %r as its master" % told) from None
+        plain = slave.address.scheme == "http"
+        if plain and is_loopback(address.host):
+            address = address._replace(scheme="http")
+        if address.port == 443 and plain == (address.scheme == "http"):
+            address = address._replace(port=slave.address.port)
         self._log("%s is not the pool master, going on to %s" % (slave, told))
-        return Endpoint(address, base.pins, base.ca, self._verify)
+        return Endpoint(address, slave.pins, slave.ca, self._verify)
 
     @property
     def _verify(self):
@@ -1298,50 +1302,43 @@ class Xapi:
     @property
     def handle(self):
         """The session reference; it changes when XenAPI logs in anew."""
-        return self._session.handle
+        session = self._session
+        if session is None:
+            raise ConnectionLost(ConfigError("not logged in"))
+        return session.handle
 
     def call(self, method, *args):
         """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
 
         Only a call that reads, or that the host refused unexecuted, is ever sent again.
         """
-        import XenAPI
-
-        for last in (False, True):
-            try:
-                if self._session is None:
-                    self.connect()
-                return self._session.xenapi_request(method, args)
-            except XenAPI.Failure as failure:
-                error = XapiError(failure.details, method)
-                if error.code != "HOST_IS_SLAVE" or last:
-                    raise error from None
-            except (xmlrpc.client.Fault, xmlrpc.client.ResponseError) as fault:
-                raise XapiError(["SESSION_INVALID", describe(fault)], method) from None
-            except BROKEN as error:
-                if last or ".get_" not in method:
-                    raise ConnectionLost(error) from None
-            self._log("lost the host, logging in again")
-            try:
-                self.connect()
-            except ConfigError as error:
-                raise ConnectionLost(error) from None
-        raise AssertionError("unreachable")
+        if self._session is None:
+            self.connect()
+        try:
+            return send(self._session, method, args)
+        except ConnectionLost:
+            if ".get_" not in method:
+                raise
+        except XapiError as error:
+            if error.code != "HOST_IS_SLAVE":
+                raise
+        self._log("lost the host, logging in again")
+        try:
+            self.connect()
+        except ConfigError as error:
+            raise ConnectionLost(error) from None
+        return send(self._session, method, args)
 
     def ask(self, method, *args):
         """The same for another thread than the owner's: on a connection of its own, never a login,
-        and with a short timeout. Raises BackupError."""
+        and with a short timeout. Raises XapiError."""
         import XenAPI
 
         transport = Transport(self.endpoint, SILENCE)
         session = XenAPI.Session("http://xapi", transport=transport)
         session._session = self.handle
         try:
-            return session.xenapi_request(method, args)
-        except XenAPI.Failure as failure:
-            raise XapiError(failure.details) from None
-        except BROKEN + (xmlrpc.client.Error,) as error:
-            raise ConnectionLost(error) from None
+            return send(session, method, args)
         finally:
             transport.close()
 
@@ -1445,6 +1442,7 @@ class Xapi:
         if session is not None:
             with contextlib.suppress(Exception):
                 session.xenapi_request("session.logout", ())
+            session.transport.close()
 
 
 class Stream:
@@ -1458,7 +1456,7 @@ class Stream:
         self._endpoint, self._stop, self._sock, self._response = endpoint, stop, None, None
         self.what = what  # for progress: what is being streamed
         self.received = 0
-        self.touched = self.answered = self.started = time.monotonic()
+        self.touched = self.answered = self.asked = self.started = time.monotonic()
         self.expected, self.progress = 0, 0.0
         self.reason = None  # why it was aborted
 
@@ -1534,8 +1532,8 @@ class Stream:
 
 
 class Watch(threading.Thread):
-    """Looks after the open streams: asks the host about a silent one, aborts a dead one, and tells
-    `show(streams)` once a second how far they are."""
+    """Looks after the open streams: asks the host every SILENCE seconds how their tasks do, aborts
+    a stream whose host is gone, and tells `show(streams)` once a second how far they are."""
 
     def __init__(self, show):
         super().__init__(name="watch", daemon=True)
@@ -1554,24 +1552,23 @@ class Watch(threading.Thread):
         while not self._end.wait(1):
             watched = list(self._watched.items())
             for stream, (xapi, task) in watched:
-                now = time.monotonic()
-                if now - max(stream.touched, stream.answered) > SILENCE:
+                if time.monotonic() - stream.asked > SILENCE:
+                    stream.asked = time.monotonic()
                     self._ask(stream, xapi, task)
             self._show([stream for stream, _ in watched])
 
     def _ask(self, stream, xapi, task):
-        asked = time.monotonic()
+        pending = True
         try:
             record = xapi.ask("task.get_record", task)
             stream.progress, pending = float(record["progress"]), record["status"] == "pending"
             stream.answered = time.monotonic()
         except ConnectionLost:
-            pending = True
-            if asked - max(stream.touched, stream.answered) > DEAD_AFTER:
+            if stream.asked - max(stream.touched, stream.answered) > DEAD_AFTER:
                 stream.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
         except BackupError:
             pending, stream.answered = False, time.monotonic()
-        if not pending and asked - stream.touched > LINGER:
+        if not pending and stream.asked - stream.touched > LINGER:
             stream.abort("the task has ended but the stream stays open and silent")
 
     def end(self):
@@ -3005,7 +3002,7 @@ class Report:
                     smtp.send_message(message, settings.mail_from, settings.mail_to)
                 return
             except OSError:
-                if not left:
+                if not left or stop.signum:
                     raise
                 stop.sleep(5)
 
@@ -3152,20 +3149,21 @@ def command(words, log):
         return create_password_file(native(value), read_password(words[0], literal=True), log)
     settings, preview = parse_command(words[1], words[2:])
     report, stop = Report(), Stop()
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, stop.handler)
     try:
         log("VmBackup config loaded from: %s" % words[1])
         check_paths(settings)
         local = words[0] == "local"
         hosts = make_hosts(settings, local)
         credentials = ("root", "") if local else (settings.username, read_password(words[0]))
-        report.exit_status = back_up(settings, hosts, credentials, preview, log, stop, report)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, stop.handler)
+        report.exit_status = connect_and_run(
+            settings, hosts, credentials, preview, log, stop, report
+        )
     except BackupError as error:
         report.exit_status, report.error = error.exit_code, str(error)
         log_error(error, log)
     finally:
-        stop.deferred = True
         if not preview:
             report.finish(settings, log, stop)
     return report.exit_status
@@ -3256,7 +3254,7 @@ def make_hosts(settings, local):
     return [Endpoint(address, pins, ca, settings.tls_verify) for address in addresses]
 
 
-def back_up(settings, hosts, credentials, preview, log, stop, report):
+def connect_and_run(settings, hosts, credentials, preview, log, stop, report):
     """Connects, chooses, and previews or runs. Returns the exit status."""
     import importlib.util
 
@@ -3272,9 +3270,11 @@ def back_up(settings, hosts, credentials, preview, log, stop, report):
         pool = next(iter(xapi.call("pool.get_all_records").values()))
         report.host, report.pool = str(xapi.endpoint), pool["name_label"]
         vms = candidates(xapi)
+        stop.check()
         selection, bad = choose(settings, vms, log)
         if preview:
             bad += preview_vms(settings, xapi, vms, selection, log)
+            stop.check()
             if bad:
                 log("ERROR preview parameters: %d VM(s) could not be backed up (see above)" % bad)
                 return 2
@@ -3283,8 +3283,6 @@ def back_up(settings, hosts, credentials, preview, log, stop, report):
             return 1 if settings.warnings else 0
         check_writable(settings.backup_dir)
         status = make_status(settings.status_log if settings.config_file else None, log)
-        stop.deferred = True
-        stop.check()
         log("VmBackup running on %s, pool %s, host %s"
             % (short_host_name(), report.pool, report.host))  # fmt: skip
         run = Run(settings, xapi, lambda: Xapi(hosts, credentials, log), log, status, stop, watch)
@@ -3300,7 +3298,6 @@ def back_up(settings, hosts, credentials, preview, log, stop, report):
         log("VmBackup ended - %s - %s" % (text, tally))
         return code
     finally:
-        stop.deferred = True
         watch.end()
         xapi.close()
 
@@ -3375,7 +3372,8 @@ def main(argv=None):
     log = Log(sys.stdout, sys.stderr, os.environ)
     try:
         return command([from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)], log)
-    except BackupError as error:
+    except (BackupError, KeyboardInterrupt) as error:
+        error = error if isinstance(error, BackupError) else Interrupted(signal.SIGINT)
         log_error(error, log)
         return error.exit_code
 
