@@ -822,3 +822,16 @@ def test_vhd_footer(sim, api):
     assert footer[:8] == b"conectix"
     stored = struct.unpack(">I", footer[64:68])[0]
     assert stored == ~(sum(footer) - sum(footer[64:68])) & 0xFFFFFFFF
+
+
+def test_another_pool_in_the_same_process():
+    with Simulator.start(Pool()) as sim:
+        sim.fault("host_still_booting")
+        pool = Pool(password="other")
+        pool.vm("new one")
+        sim.load(pool)
+        with login(sim) as api:
+            assert api.xenapi.VM.get_by_name_label("new one")
+        assert sim.faults() == []
+        with pytest.raises(ValueError, match="has 1 hosts"):
+            sim.load(Pool(hosts=2))

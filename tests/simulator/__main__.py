@@ -19,6 +19,7 @@ far as it is free, each with a self-signed certificate of its own.
 """
 
 import argparse
+import concurrent.futures
 import gc
 import json
 import os
@@ -54,6 +55,19 @@ def _arguments():
                         help="settings, see faults.py")
     parser.add_argument("--stdin-guard", action="store_true", help="end when standard input does")
     return parser.parse_args()
+
+
+def _members(simulator, folder):
+    """The members of the pool, each with an address and a certificate of its own."""
+    db, hosts = simulator.db, simulator.world.hosts
+    addresses = ["127.0.0.%d" % (index + 1) for index in range(len(hosts))]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = list(pool.map(
+            lambda host, address: certificates.make(
+                folder, db.get("host", host)["hostname"], address), hosts, addresses))
+    for index, (host, address, paths) in enumerate(zip(hosts, addresses, made)):
+        db.set("host", host, "address", address)
+        yield Member(simulator, index, address, *paths)
 
 
 def _listen(members, folder, port, http_port, socket_path):
@@ -117,12 +131,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     try:
-        for index, host in enumerate(made.hosts):
-            address = "127.0.0.%d" % (index + 1)
-            made.db.set("host", host, "address", address)
-            name = made.db.get("host", host)["hostname"]
-            certificate, key = certificates.make(folder, name, address)
-            simulator.members.append(Member(simulator, index, address, certificate, key))
+        simulator.members += _members(simulator, folder)
         simulator.change_faults(description.get("faults", ()))
         _listen(simulator.members, folder, options.port, options.http_port, options.socket)
         control_url = control.serve(simulator, builder, options.control_port)

@@ -4,6 +4,7 @@
 import re
 import threading
 import time
+import traceback
 
 from . import dbfilter, schema, world, xmlrpc
 from .database import new_ref, now
@@ -105,8 +106,12 @@ class Dispatcher:
             call.answered = "Success"
             return value
         except XapiError as error:
-            call.answered = error.info[0]
-            return xmlrpc.failure(error.info)
+            failed = error
+        except Exception as error:
+            traceback.print_exc()
+            failed = XapiError("INTERNAL_ERROR", repr(error))
+        call.answered = failed.info[0]
+        return xmlrpc.failure(failed.info)
 
     def _execute(self, call, name, parameters):
         if call.on_slave and call.unix:
@@ -153,6 +158,10 @@ class Dispatcher:
             result = self._run(call, method, name, arguments, error)
         except XapiError as failed:
             self.simulator.complete_task(task, "failure", error_info=failed.info)
+        except Exception as error:
+            traceback.print_exc()
+            self.simulator.complete_task(
+                task, "failure", error_info=["INTERNAL_ERROR", repr(error)])
         else:
             self.simulator.complete_task(task, "success", result=result)
         self.simulator.act("method", method=name, moment="after", host=call.host)

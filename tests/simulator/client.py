@@ -15,7 +15,7 @@
 
 ``start`` takes a ``pool.Pool``, the path of a description, or ``database=PATH`` of a dump;
 ``arguments=[...]`` are more options of the program.  The process ends with the ``with`` block, and
-with this process in any case.
+with this process in any case.  It can be one pool after another: ``sim.load(pool)``.
 """
 
 import json
@@ -95,6 +95,16 @@ class Simulator:
                 return json.loads(answer.read().decode("utf-8"))
         except urllib.error.HTTPError as error:
             raise ValueError(json.loads(error.read().decode("utf-8"))) from None
+
+    def load(self, pool):
+        """Be another pool, with as many hosts: faster than another process.
+
+        Faults, settings, calls, sessions and tasks are those of the new pool: none.  The address,
+        the ports, the certificates stay.
+        """
+        self._do("load", description=pool.description)
+        self.username = pool.description["username"]
+        self.password = pool.description["password"]
 
     # --- what goes wrong --------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import threading
 from . import disks
 from . import world as worlds
 from .schema import TYPES
+from .world import Builder
 
 
 class Control:
@@ -20,7 +21,16 @@ class Control:
     def __init__(self, simulator, builder):
         self._simulator = simulator
         self._builder = builder
-        self._db = simulator.db
+
+    @property
+    def _db(self):
+        return self._simulator.db
+
+    def load(self, description):
+        builder = Builder(description)
+        self._simulator.adopt(builder.build(), description.get("settings"))
+        self._builder = builder
+        self._simulator.change_faults(description.get("faults", ()))
 
     def fault(self, name, options):
         return self._simulator.add_fault(name, options)

@@ -480,7 +480,7 @@ class Handler:
             flags[name] = query.get(name, default)
         self._redirect_faults()
         if flags["all"] == "true":
-            vms = [vm for vm, record in self.db.tables["VM"].items()
+            vms = [vm for vm, record in list(self.db.tables["VM"].items())
                    if not record["is_default_template"]
                    and (flags["include_dom0"] == "true" or not record["is_control_domain"])]
         else:

@@ -121,10 +121,7 @@ def _listener(address):
 
 def _tls_context(certificate, key):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    if hasattr(ssl, "TLSVersion"):
-        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
-    else:
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1 | getattr(ssl, "OP_NO_TLSv1_3", 0)
+    context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1 | getattr(ssl, "OP_NO_TLSv1_3", 0)
     context.set_ciphers(_CIPHERS)
     context.set_ecdh_curve("secp384r1")
     context.load_cert_chain(certificate, key)

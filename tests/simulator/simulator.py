@@ -17,21 +17,33 @@ class Simulator:
     """State shared by all members of the pool and the control interface."""
 
     def __init__(self, world, settings=None):
+        self.members = []           # server.Member, in the order of world.hosts
+        self.dispatcher = api.Dispatcher(self)
+        self.restarts = 0
+        self._calls = []
+        self._calls_lock = threading.Lock()
+        self.adopt(world, settings)
+
+    def adopt(self, world, settings=None):
+        """Be this pool from now on, with nothing left of another one; as many members as before."""
+        if self.members and len(self.members) != len(world.hosts):
+            raise ValueError("this simulator has %d hosts" % len(self.members))
+        for host, member in zip(world.hosts, self.members):
+            world.db.set("host", host, "address", member.address)
+        self.restarts += 1
+        for member in self.members:
+            member.close_connections()
         self.world = world
         self.db = world.db
         self.faults = Faults()
         self.settings = dict(SETTINGS)
-        self.change_settings(settings or {})
         self.ids = Ids(self.settings["first_id"])
-        self.dispatcher = api.Dispatcher(self)
-        self.members = []           # server.Member, in the order of world.hosts
+        self.change_settings(settings or {})
         self.task_sessions = {}     # task: the session that created it
         self.cancelled = set()      # tasks that someone asked to cancel
         self.doomed_tasks = set()   # tasks destroyed while pending: they go when they complete
         self.attached = {}          # VDI: how many exports have it attached
-        self.restarts = 0
-        self._calls = []
-        self._calls_lock = threading.Lock()
+        self.reset_calls()
 
     def change_settings(self, settings):
         """Change settings; an unknown one is refused."""

@@ -363,6 +363,8 @@ def take_snapshot(world, vm, name, ignored=(), disk_error=None):
                        "disk-snapshot-type": "crash_consistent"},
         snapshot_metadata=_metadata(source), power_state="Halted", resident_on=NULL, domid=-1,
         ha_always_run=False, is_vmss_snapshot=False, transportable_snapshot_id="",
+        blocked_operations={}, appliance=NULL, protection_policy=NULL, snapshot_schedule=NULL,
+        suspend_SR=NULL, start_delay=0, shutdown_delay=0, order=0, version=0, requires_reboot=False,
         current_operations={}, consoles=[], crash_dumps=[], VBDs=[], VIFs=[], VGPUs=[], VTPMs=[],
         snapshots=[], children=[], suspend_VDI=NULL)
     for field, value in record.items():
