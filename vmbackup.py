@@ -390,7 +390,7 @@ def make_settings(config, words):
 
     Raises ConfigError with a line for each mistake: unknown name, value not allowed, bad regex.
     """
-    settings, mistakes = Settings(), []
+    settings, mistakes, seen = Settings(), [], set()
     extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
     ignore = bool(extra) and str(extra[-1]).lower() == "true"
     for number, (key, value, where) in enumerate(config + words):
@@ -401,10 +401,11 @@ def make_settings(config, words):
                 _add_rule(settings, make_rule(key, value))
             else:
                 setattr(settings, key, _parse_setting(key, value, where))
-                if key in [earlier for earlier, _, _ in config[:number]] and number < len(config):
+                if key in seen and number < len(config):
                     settings.warnings.append(
                         "***WARNING - %s: %s is given twice, the last one counts" % (where, key)
                     )
+                seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
     server = settings.smtp_server or ""
@@ -3146,6 +3147,9 @@ def command(words, log):
         return 3
     key, separator, value = words[1].partition("=")
     if key.lower() == "create-password-file" and separator:
+        if len(words) > 2:
+            raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
+                              % words[2])  # fmt: skip
         return create_password_file(native(value), read_password(words[0], literal=True), log)
     settings, preview = parse_command(words[1], words[2:])
     report, stop = Report(), Stop()
@@ -3218,13 +3222,14 @@ def check_paths(settings):
         raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)" % path)
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
-    shared = [settings.report_json] + ([settings.status_log] if settings.config_file else [])
-    for file in filter(None, shared):
-        if os.path.isdir(file) or not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-            raise ConfigError("ERROR - %s must be a file in a folder that exists" % file)
-    for file in filter(None, (settings.tls_ca, settings.smtp_password_file)):
-        if not os.path.isfile(file) or not os.access(file, os.R_OK):
-            raise ConfigError("ERROR - cannot read %s" % file)
+    for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
+        file = getattr(settings, key)
+        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
+            raise ConfigError("ERROR - %s=%s: it must be a file in a folder that exists" % (key, file))
+    for key in ("tls_ca", "smtp_password_file"):
+        file = getattr(settings, key)
+        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
+            raise ConfigError("ERROR - %s=%s: there is no such file to read" % (key, file))
     if settings.tls_ca:
         try:
             ssl.create_default_context(cafile=settings.tls_ca)
