@@ -501,6 +501,9 @@ def select(rules, names):
     return Selection(choices, excluded, left, unknown_excludes, unmatched)
 
 
+REGEX_TIMEOUT = 20  # seconds that all regular expressions together may take
+
+
 @contextlib.contextmanager
 def time_limit(seconds, message):
     """Ends what runs inside after `seconds` with ConfigError(message): the re module looks for
@@ -2617,7 +2620,7 @@ def choose(settings, vms, log):
     names = collections.defaultdict(list)
     for ref, vm in vms.items():
         names[vm["name_label"]].append(ref)
-    with time_limit(20, "ERROR - a regular expression of vm-export, vdi-export or exclude takes too"
+    with time_limit(REGEX_TIMEOUT, "ERROR - a regular expression of vm-export, vdi-export or exclude takes too"
                     " long: nested repetitions such as (a+)+ need exponential time"):  # fmt: skip
         selection = select(settings.rules, names)
     log("VmBackup.py running with these settings:")
@@ -3225,7 +3228,7 @@ def check_paths(settings):
     for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
         file = getattr(settings, key)
         if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
-            raise ConfigError("ERROR - %s=%s: it must be a file in a folder that exists" % (key, file))
+            raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
