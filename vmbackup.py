@@ -412,6 +412,8 @@ def make_settings(config, words):
     safe = settings.smtp_starttls or settings.smtp_port == 465 or is_loopback(server)
     if settings.smtp_user and not safe:
         mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
+    if settings.smtp_user and not settings.smtp_password_file:
+        mistakes.append("ERROR - smtp_user needs smtp_password_file")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return settings
@@ -2980,7 +2982,8 @@ class Report:
         from email.message import EmailMessage
 
         message = EmailMessage()
-        subject = "%s %s VmBackup.py, pool %s" % (self.status(), self.host, self.pool)
+        server = socket.gethostname()  # as in upstream's subject, for those who filter by it
+        subject = "%s %s VmBackup.py, pool %s at %s" % (self.status(), server, self.pool, self.host)
         message["Subject"] = printable(subject)
         message["From"], message["To"] = settings.mail_from, ", ".join(settings.mail_to)
         body = ["VmBackup on %s, pool %s, host %s" % (short_host_name(), self.pool, self.host)]
@@ -3003,7 +3006,8 @@ class Report:
                     if settings.smtp_user:
                         password = read_password_file(settings.smtp_password_file, plain=True)
                         smtp.login(settings.smtp_user, password)
-                    smtp.send_message(message, settings.mail_from, settings.mail_to)
+                    # Python 3.6's send_message tears names that are not ASCII.
+                    smtp.sendmail(settings.mail_from, settings.mail_to, message.as_string())
                 return
             except OSError:
                 if not left or stop.signum:
@@ -3023,7 +3027,7 @@ class Report:
             if mailing and when[settings.mail_when]:
                 self.send_mail(settings, list(log.lines), stop)
                 log("mail sent to %s" % ", ".join(settings.mail_to))
-        except (OSError, BackupError, ValueError) as error:
+        except Exception as error:  # the email package raises nearly anything at odd addresses
             log("***WARNING - the mail could not be sent: %s" % describe(error))
 
 
@@ -3158,9 +3162,10 @@ def command(words, log):
     report, stop = Report(), Stop()
     try:
         log("VmBackup config loaded from: %s" % words[1])
-        check_paths(settings)
         local = words[0] == "local"
         hosts = make_hosts(settings, local)
+        report.host = ", ".join(map(str, hosts))
+        check_paths(settings)
         credentials = ("root", "") if local else (settings.username, read_password(words[0]))
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, stop.handler)
@@ -3227,7 +3232,8 @@ def check_paths(settings):
         raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
         file = getattr(settings, key)
-        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
+        fits = file and os.path.isdir(os.path.dirname(file) or ".") and not os.path.isdir(file)
+        if file and not fits:
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)

@@ -52,10 +52,12 @@ class MailServer:
             envelope.original_content, policy=email.policy.default))
         return "250 OK"
 
-    def settings(self, *more):
-        """The lines of a config file that send mail here."""
-        return ("mail_to=admin@example.org", "mail_from=backup@example.org",
-                "smtp_server=127.0.0.1", "smtp_port=%d" % self.port) + more
+    def settings(self, **more):
+        """The lines of a config file that send mail here; `more` settings replace or add."""
+        lines = {"mail_to": "admin@example.org", "mail_from": "backup@example.org",
+                 "smtp_server": "127.0.0.1", "smtp_port": self.port}
+        lines.update(more)
+        return ["%s=%s" % pair for pair in lines.items()]
 
     def stop(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
