@@ -2622,7 +2622,7 @@ def choose(settings, vms, log):
     names = collections.defaultdict(list)
     for ref, vm in vms.items():
         names[vm["name_label"]].append(ref)
-    with time_limit(REGEX_TIMEOUT, "ERROR - a regular expression of vm-export, vdi-export or exclude"
+    with time_limit(REGEX_TIMEOUT, "ERROR - a regular expression of vm-, vdi-export or exclude"
                     " takes too long: nested repetitions like (a+)+ need exponential time"):
         selection = select(settings.rules, names)
     log("VmBackup.py running with these settings:")
