@@ -14,7 +14,7 @@ from tally import pytest_terminal_summary, tally  # noqa: E402, F401
 
 @pytest.fixture
 def site(tmp_path):
-    """site(pool) starts a simulator with that pool and gives the user's Site; all ends by itself."""
+    """site(pool) starts a simulator with that pool and gives the user's Site; it ends by itself."""
     started = []
 
     def make(pool=None, **options):

@@ -43,7 +43,7 @@ def finish(process, input=None, timeout=100):
         process.kill()
         out, err = process.communicate()
         raise AssertionError("still running after %d s:\n%s%s" % (
-            timeout, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")))
+            timeout, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))) from None
     return Result(process.returncode, out, err)
 
 

@@ -15,7 +15,8 @@ from collections import OrderedDict
 
 import pytest
 
-COLUMNS = ("times injected", "backups lost", "foreign objects destroyed", "leftovers after the next run")
+COLUMNS = ("times injected", "backups lost", "foreign objects destroyed",
+           "leftovers after the next run")
 
 
 def tree(folder):
@@ -72,7 +73,8 @@ class Ledger:
                            and record["status"] != "pending")]
         found += ["session of " + record["originator"] for record in sim.sessions().values()]
         for path in self._site.backups.rglob("*"):
-            unmarked = path.is_dir() and path.parent.parent == self._site.backups and not is_good(path)
+            of_a_vm = path.is_dir() and path.parent.parent == self._site.backups
+            unmarked = of_a_vm and not is_good(path)
             if path.name.endswith(".partial") or unmarked or path.name.endswith(".lock"):
                 found.append(str(path.relative_to(self._site.backups)))
         return sorted(found)
@@ -80,7 +82,7 @@ class Ledger:
 
 @pytest.fixture
 def tally(record_property):
-    """tally(fault, injected, ledger) adds a row to the table, and asserts that its figures are 0."""
+    """tally(fault, injected, ledger) adds a row to the table and asserts that its figures are 0."""
     def add(fault, injected, ledger, by_others=()):
         assert injected, "%s never happened" % fault
         found = ledger.lost(), ledger.destroyed(by_others), ledger.leftovers()
