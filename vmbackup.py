@@ -1515,9 +1515,10 @@ class Stream:
 
     def text(self):
         """The start of the body, for an error page."""
-        self._sock.settimeout(CONNECT_TIMEOUT)
         buffer = bytearray(16384)
-        with contextlib.suppress(BackupError):
+        # requests has read and closed the body of a redirect by itself.
+        with contextlib.suppress(OSError, BackupError):
+            self._sock.settimeout(CONNECT_TIMEOUT)
             return bytes(buffer[: self.readinto(memoryview(buffer))]).decode("utf-8", "replace")
         return ""
 
@@ -1626,7 +1627,8 @@ def open_export(xapi, stop, watch, path, query, what, endpoint=None):
                 raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
             else:
                 failure = task_failure(xapi, task)
-                told = re.search(r"</h1>\s*([A-Z0-9_]+)(?:: \[ ?(.*?) ?\])?", text, re.DOTALL)
+                page = r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?"
+                told = re.search(page, text, re.DOTALL)
                 details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
                 raise failure or XapiError(
                     details or ["HTTP_%d" % stream.status], "the host answered %d" % stream.status

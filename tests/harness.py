@@ -95,7 +95,11 @@ class Site:
         """No snapshot but these, no session, no task of ours is left."""
         assert self.snapshots() == sorted(snapshots)
         assert not self.sim.sessions()
-        assert not self.sim.tasks()
+        # A task that was destroyed while pending is the host's to collect (taskHelper.ml).
+        given_up = {call["args"][1] for call in self.sim.calls()
+                    if call.get("method") == "task.destroy"}
+        assert not [task for ref, task in self.sim.tasks().items()
+                    if ref not in given_up and not task["name_label"].startswith("Async.")]
         lone = {vbd["VDI"] for vbd in self.sim.records("VBD").values()}
         assert not [vdi["name_label"] for ref, vdi in self.sim.records("VDI").items()
                     if vdi["is_a_snapshot"] and ref not in lone]
