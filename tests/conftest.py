@@ -27,3 +27,20 @@ def site(tmp_path):
     yield make
     for sim in started:
         sim.stop()
+
+
+@pytest.fixture(scope="session")
+def simulator():
+    """One simulator for all tests that take turns; see `turn`."""
+    with Simulator.start() as sim:
+        yield sim
+
+
+@pytest.fixture
+def turn(simulator, tmp_path):
+    """turn(pool) gives a Site as well, sooner than site(): at a simulator that runs already."""
+    def make(pool):
+        simulator.load(pool)
+        return Site(simulator, tmp_path)
+
+    return make

@@ -3,9 +3,8 @@
 import socket
 
 import pytest
-from harness import Site, finish, start
+from harness import finish, start
 from mail_server import MailServer
-from simulator.client import Simulator
 from simulator.pool import MIB, Pool, disk
 
 SECRET, MAIL_PASSWORD = "Grüße & %41", "pa ss:w\"\\rd"
@@ -25,20 +24,13 @@ def mail_server(tmp_path):
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def simulator():
-    with Simulator.start() as sim:
-        yield sim
-
-
 @pytest.fixture
-def here(simulator, tmp_path):
+def here(turn):
     """A site with a new pool of two VMs."""
     pool = Pool("Büro", password=SECRET)
     for name in ("Größe 1", "db"):
         pool.vm(name, disks=[disk(MIB, seed=name)])
-    simulator.load(pool)
-    return Site(simulator, tmp_path)
+    return turn(pool)
 
 
 def text_of(mail):
