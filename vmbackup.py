@@ -2969,10 +2969,11 @@ class Report:
         """Replaces report_json atomically."""
         import json
 
-        text = json.dumps(self.as_dict(settings), indent=2)
+        text = json.dumps(self.as_dict(settings), indent=2, ensure_ascii=False)
         temporary = "%s.%d.tmp" % (settings.report_json, os.getpid())
         try:
-            write_shared(temporary, "wb", text.encode("ascii") + b"\n")
+            # What stands for a path's bytes in an ASCII locale becomes those bytes again.
+            write_shared(temporary, "wb", text.encode("utf-8", "surrogateescape") + b"\n")
             os.rename(temporary, settings.report_json)
         finally:
             with contextlib.suppress(OSError):
