@@ -420,9 +420,9 @@ def test_create_password_file_refuses(refused, words):
 
 
 def test_a_password_file_is_secret_from_its_first_byte(tmp_path):
-    """Its mode comes from its creation, whatever the umask: it cannot be changed afterwards here."""
+    """Its mode comes from its creation, whatever the umask: here it cannot be changed later."""
     code = ("import os, sys; sys.path.insert(0, %r); import vmbackup; os.umask(0);"
-            " os.umask = lambda mask: 0; os.chmod = os.fchmod = None; sys.exit(vmbackup.main())")
+            " os.umask = lambda _: 0; os.chmod = os.fchmod = None; sys.exit(vmbackup.main())")
     subprocess.run([sys.executable, "-c", code % str(ROOT), "pw",
                     "create-password-file=%s/pw" % tmp_path], check=True, stdout=subprocess.PIPE)
     assert stat.S_IMODE((tmp_path / "pw").stat().st_mode) == 0o600
