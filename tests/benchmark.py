@@ -17,7 +17,6 @@ import argparse
 import collections
 import contextlib
 import datetime
-import json
 import mmap
 import os
 import platform
@@ -442,7 +441,7 @@ def main():
     parser.add_argument("--only", metavar="PART,...", default=",".join(PARTS),
                         help="some of: %s" % ", ".join(PARTS))
     parser.add_argument("--folder", default="/var/tmp",  # noqa: S108
-                        help="where to write: a disk, with room for two of the largest (%(default)s)")
+                        help="where to write: a disk, with room for two of the largest (%(default)s)")  # noqa: E501
     parser.add_argument("--output", metavar="FILE", help="write the tables there")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -460,7 +459,7 @@ def main():
     if os.path.abspath(sys.prefix) != str(Path(newest).parent.parent):  # the simulator's packages
         os.execv(newest, [newest] + sys.argv)
     folder = Path(tempfile.mkdtemp(prefix="vmbackup-benchmark-", dir=options.folder))
-    output = open(options.output, "w", encoding="utf-8") if options.output else sys.stdout
+    output = open(options.output, "w", encoding="utf-8") if options.output else sys.stdout  # noqa: SIM115
     begin = time.monotonic()
     try:
         print("%s, `%s`, median of %d rounds\n\n%s; Python %s\n" % (

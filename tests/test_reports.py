@@ -101,7 +101,8 @@ def test_space_is_told_before_the_first_and_after_the_last(turn):
     (("snapshot_error", {}), ["vdi-export=web"], 2, "**ERRORS DETECTED** - S:0 W:0 E:1",
      ["vdi-export web - ***ERROR*** "], ["vdi-export,SERVER,end,VDI-SNAPSHOT-FAIL web"]),
     (("raw_cut", {"path": "/export_raw_vdi"}), ["vdi-export=web"], 2,
-     "**ERRORS DETECTED** - S:0 W:0 E:1", ["vdi-export web - ***ERROR*** "], ["vdi-export,SERVER,end,VDI-EXPORT-FAIL web"]),
+     "**ERRORS DETECTED** - S:0 W:0 E:1", ["vdi-export web - ***ERROR*** "],
+     ["vdi-export,SERVER,end,VDI-EXPORT-FAIL web"]),
 ])
 def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
     here = turn(three_vms())
