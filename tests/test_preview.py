@@ -186,11 +186,12 @@ def calls_of_preview(tmp_path, vms, line):
     with Simulator.start(pool) as sim:
         here = Site(sim, tmp_path)
         here.configure(line)
-        result = here.run("preview")
+        result = here.run("preview", timeout=500)
         assert result.status == 0, result
         return sim.methods()
 
 
+@pytest.mark.timeout(600)  # 10,000 records are 50 MB of XML
 def test_the_number_of_calls_does_not_depend_on_the_pool(tmp_path):
     few = calls_of_preview(tmp_path, 60, "vm-export=.*")
     assert len(few) < 12
