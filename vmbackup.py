@@ -619,8 +619,8 @@ def _raise(error):
 
 
 def remove_folder(folder):
-    """Deletes a backup's folder. Its marker goes first, by rename, so that a deletion that is cut
-    short leaves what the next run knows as unfinished and never as a backup.
+    """Deletes a backup's folder. Its marker becomes UNFINISHED first and *.partial goes last, so a
+    deletion that is cut short leaves what the next run knows as unfinished, never as a backup.
 
     Raises BackupError, with nothing deleted, if it is a link or anything foreign is in it.
     """
@@ -632,7 +632,10 @@ def remove_folder(folder):
     for marker in MARKERS:
         with contextlib.suppress(FileNotFoundError):
             os.rename(os.path.join(folder, marker), os.path.join(folder, UNFINISHED))
-    shutil.rmtree(folder)
+    for name in sorted(os.listdir(folder), key=lambda name: name.endswith(".partial")):
+        path = os.path.join(folder, name)
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    os.rmdir(folder)
 
 
 # ============================== the archive checker ==============================
@@ -705,10 +708,12 @@ def find_xxh64():
 
         return xxhash.xxh64_intdigest
     except ImportError:
-        import ctypes
+        pass
     try:
+        import ctypes
+
         function = ctypes.CDLL("libxxhash.so.0").XXH64
-    except (OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong]
     function.restype = ctypes.c_ulonglong
@@ -1007,7 +1012,7 @@ class ZstdFrameCheck(Checker):
     def _parse(self):
         head = bytes((yield 5))
         if head[:4] != b"\x28\xb5\x2f\xfd":
-            raise ArchiveError(_error_text(head) if head == b"HTTP/" else "not a zstd stream")
+            raise ArchiveError("not a zstd stream")
         flags, single = head[4], head[4] >> 5 & 1
         yield (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
         last = 0
@@ -1591,6 +1596,7 @@ def open_export(xapi, stop, watch, path, query, what, endpoint=None):
     Raises XapiError with the task's own reason where the host gives one.
     """
     endpoint, path_query, renewed, hops = endpoint or xapi.endpoint, None, False, 0
+    stop.check()  # a task that nothing was begun with stays pending, even if it is destroyed
     task = xapi.call("task.create", "vmbackup: " + what, "")
     stream = None
     try:
@@ -2333,6 +2339,7 @@ class VmBackup:
         try:
             self._write_file("vm-metadata.xml", indent_xml(self._fetch_ova()))
         except BackupError as error:
+            self.stop.check()
             self.warn("no vm-metadata.xml: %s" % error)
         xapi = self.xapi
         vbds = list(xapi.vbds([vm_ref]).values())
