@@ -8,6 +8,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import pytest  # noqa: E402
 from harness import Site  # noqa: E402
+from shim import shim  # noqa: E402, F401
 from simulator.client import Simulator  # noqa: E402
 from tally import pytest_terminal_summary, tally  # noqa: E402, F401
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The program dies at every step of a backup: by SIGKILL, or by the signals that it may answer.
+
+Each step has a VM of its own, so that one run afterwards has to clean up after all of the deaths.
+"""
+import hashlib
+import signal
+
+import pytest
+import XenAPI
+from forks import Forks
+from simulator.pool import Pool, disk, snapshot, vif
+from tally import Ledger, is_good, tree
+
+CALLS = {"vm-export": 40, "vdi-export": 37}  # enough for those of a run, each with a VM of its own
+CHANGES = 76  # the same for changes on disk
+KINDS = ("vm-export", "vdi-export")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def pool_of(count):
+    pool = Pool()
+    for number in range(count):
+        pool.vm("vm%02d" % number, power_state="Running", vifs=[vif()],
+                disks=[disk(8192, "root", seed=number)], snapshots=[snapshot("mine")])
+    pool.setting(progress_interval=0.05)
+    return pool
+
+
+def old_backup(site, vm, day):
+    """A good backup of 2020, as an earlier version of this program could have made it."""
+    folder = site.backups / vm / ("backup-2020-01-%02d-(02:00:00)" % day)
+    (folder / "DISK-xvda").mkdir(parents=True)
+    (folder / "DISK-xvda" / "vdi.cfg").write_text("orig_uuid=none\n")
+    (folder / "vm.cfg").write_text("name_label=%s\n" % vm)
+    content = ("%s of day %d" % (vm, day)).encode("ascii")
+    (folder / (vm + ".xva")).write_bytes(content)
+    (folder / "SHA256SUMS").write_text(
+        "%s  %s.xva\n" % (hashlib.sha256(content).hexdigest(), vm))
+    (folder / "success").write_bytes(b"")
+
+
+def furnish(site, vms):
+    """Two backups of each VM, and what is not ours, beside them; returns the Ledger."""
+    for vm in vms:
+        old_backup(site, vm, 1)
+        old_backup(site, vm, 2)
+        (site.backups / vm / "notes.txt").write_text("mine")
+    (site.backups / "of another program").mkdir()
+    (site.backups / "of another program" / "file.partial.txt").write_text("mine")
+    return Ledger(site)
+
+
+def assert_whole(site, ledger, vm, least):
+    """All that bears a marker is whole, and there is enough of it."""
+    folders = site.folders(vm)
+    assert len(folders) >= least, (vm, folders)
+    for folder in folders:
+        files = tree(folder)
+        before = {name[len(folder.name) + 1:]: value for name, value in ledger.trees[vm].items()
+                  if name.startswith(folder.name + "/")}
+        assert files == before or (is_good(folder) and len(files) > 3), (vm, folder)
+
+
+def assert_as_if_nothing_had_happened(site, vms, backups=2):
+    """Each VM has its backups and nothing else; what is not ours is all there."""
+    for vm in vms:
+        assert len(site.folders(vm)) == backups
+        assert len(list((site.backups / vm).iterdir())) == backups + 1
+        assert (site.backups / vm / "notes.txt").read_text() == "mine"
+    assert (site.backups / "of another program" / "file.partial.txt").exists()
+    assert len(list(site.backups.iterdir())) == len(vms) + 1
+
+
+def the_host_forgets(site):
+    """Sessions and tasks of a client that was killed are the host's to collect, and it does."""
+    site.sim.fault("session_lost")
+    site.sim.fault("task_vanish")
+
+
+def unprovable(calls):
+    """Whether a run had taken a VDI snapshot and not tagged it: it still bears the disk's name, as
+    anybody's snapshot does, so nobody may destroy it."""
+    methods = [call["method"] for call in calls]
+    return "Async.VDI.snapshot" in methods and "VDI.add_to_other_config" not in methods
+
+
+def destroy_as_an_administrator(site, vdis):
+    """Without the program: nothing of it can know these snapshots."""
+    session = XenAPI.Session(site.sim.http)
+    session.login_with_password(site.sim.username, site.sim.password)
+    for ref in vdis:
+        session.xenapi.VDI.destroy(ref)
+    session.xenapi.session.logout()
+
+
+def lone_vdi_snapshots(site):
+    """{VDI snapshot that belongs to no VM: the VM whose disk it is one of}"""
+    vbds = site.sim.records("VBD").values()
+    owners = {vbd["VDI"]: vbd["VM"] for vbd in vbds}
+    vms = site.sim.records("VM")
+    return {ref: vms[owners[vdi["snapshot_of"]]]["name_label"]
+            for ref, vdi in site.sim.records("VDI").items()
+            if vdi["is_a_snapshot"] and ref not in owners}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_call(turn, tmp_path, tally, kind):
+    """SIGKILL comes when the host has got a call and before it carries it out, which it does all
+    the same; so what one death leaves undone is what the death before it has left done."""
+    site = turn(pool_of(CALLS[kind]))
+    vms = ["vm%02d" % number for number in range(CALLS[kind])]
+    ledger, died_at, window = furnish(site, vms), [], set()
+    with Forks(tmp_path) as forks:
+        for step, vm in enumerate(vms):
+            site.configure("%s=%s" % (kind, vm), "max_backups=2")
+            site.sim.reset_calls()
+            run = forks.start(site)
+            fault = site.sim.fault("kill_client_at", pid=run.pid, method="*", skip=step)
+            run.go()
+            site.sim.clear_faults(fault)
+            calls = site.sim.calls()
+            assert_whole(site, ledger, vm, least=2)
+            if run.status == 0:
+                break
+            assert run.status == -signal.SIGKILL, run
+            died_at.append(calls[-1]["method"])
+            if unprovable(calls):
+                window.add(vm)
+    assert run.status == 0, "the run has more calls than this test has VMs"
+    assert {call["method"] for call in calls} == set(died_at), "not all calls were the last"
+    assert bool(window) == (kind == "vdi-export")
+
+    the_host_forgets(site)
+    site.configure("max_backups=2", *["%s=%s" % (kind, vm) for vm in vms[:step]])
+    result = site.run("host=" + site.sim.http)
+    assert result.status == 0, result
+    assert_as_if_nothing_had_happened(site, vms)
+    assert set(site.snapshots()) == {"mine"}
+    left = lone_vdi_snapshots(site)
+    assert set(left.values()) == window
+    destroy_as_an_administrator(site, left)
+    tally("SIGKILL at a call of a " + kind, len(died_at) - len(window), ledger)
+
+
+@pytest.mark.parametrize("pre_clean", [False, True])
+def test_killed_at_every_change_on_disk(turn, tmp_path, shim, tally, pre_clean):
+    """With pre_clean, up to the moment from which on the run goes like the other."""
+    site = turn(pool_of(CHANGES))
+    vms = ["vm%02d" % number for number in range(CHANGES)]
+    ledger, deaths = furnish(site, vms), 0
+    with Forks(tmp_path, preload=shim) as forks:
+        for step, vm in enumerate(vms, 1):
+            site.configure("vm-export=" + vm, "max_backups=2", "pre_clean=%s" % pre_clean)
+            run = forks.run(site, env={"SHIM_TREE": str(site.backups), "SHIM_KILL": str(step)})
+            assert_whole(site, ledger, vm, least=1 if pre_clean else 2)
+            new = [folder for folder in site.folders(vm, marked=False) if "2020" not in folder.name]
+            if run.status == 0 or (pre_clean and new):
+                break
+            assert run.status == -signal.SIGKILL, run
+            deaths += 1
+    assert run.status == (-signal.SIGKILL if pre_clean else 0), "not enough VMs for all changes"
+    assert deaths > (8 if pre_clean else 40)
+    the_host_forgets(site)
+    site.configure("max_backups=2", *["vm-export=" + vm for vm in vms[:step]])
+    result = site.run("host=" + site.sim.http)
+    assert result.status == 0, result
+    assert_as_if_nothing_had_happened(site, vms)
+    assert set(site.snapshots()) == {"mine"}
+    tally("SIGKILL at a change on disk", deaths, ledger)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_at_every_call(turn, tmp_path, tally, kind):
+    """SIGTERM, SIGINT and SIGHUP in turn: everything is undone, and the exit status tells."""
+    site = turn(pool_of(1))
+    ledger, signals = furnish(site, ["vm00"]), 0
+    site.configure("%s=vm00" % kind, "max_backups=2")
+    with Forks(tmp_path) as forks:
+        for step in range(CALLS[kind]):
+            number = SIGNALS[step % 3]
+            before = len(site.sim.methods())
+            run = forks.start(site)
+            fault = site.sim.fault("kill_client_at", pid=run.pid, method="*", skip=step,
+                                   signal=number)
+            run.go()
+            if site.sim.faults()[-1]["fired"] == 0:
+                break
+            site.sim.clear_faults(fault)
+            signals += 1
+            asked_last = site.sim.methods()[before + step] == "session.logout"
+            assert run.status == 128 + number or asked_last and run.status == 0, run
+            assert_whole(site, ledger, "vm00", least=2)
+            site.assert_pool_is_clean(["mine"])
+            assert_as_if_nothing_had_happened(site, ["vm00"])
+    assert run.status == 0, run
+    assert signals > 25
+    the_host_forgets(site)  # a task that was destroyed before its export began
+    tally("SIGTERM, SIGINT, SIGHUP at a call of a " + kind, signals, ledger)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_while_the_snapshot_is_being_taken(turn, tmp_path, tally, kind):
+    """The host goes on with what it was asked for: the program waits for it, and undoes it."""
+    site = turn(pool_of(1))
+    ledger = furnish(site, ["vm00"])
+    site.configure("%s=vm00" % kind, "max_backups=2")
+    site.sim.fault("snapshot_slow", seconds=0.5)
+    with Forks(tmp_path) as forks:
+        run = forks.start(site)
+        site.sim.fault("kill_client_at", pid=run.pid, method="task.get_record", skip=1,
+                       signal=signal.SIGTERM)
+        run.go()
+    assert run.status == 128 + signal.SIGTERM, run
+    assert "task.cancel" in site.sim.methods()
+    assert_whole(site, ledger, "vm00", least=2)
+    assert_as_if_nothing_had_happened(site, ["vm00"])
+    site.assert_pool_is_clean(["mine"])
+    site.sim.clear_faults()
+    tally("SIGTERM in a slow snapshot", 1, ledger)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_the_middle_of_two_exports_at_once(turn, tmp_path, tally, number):
+    site = turn(pool_of(3))
+    vms = ["vm00", "vm01", "vm02"]
+    ledger = furnish(site, vms)
+    site.configure("vm-export=", "max_backups=2", "parallel=2")
+    with Forks(tmp_path) as forks:
+        run = forks.start(site)
+        site.sim.fault("kill_client_at", pid=run.pid, after=3000, vm="vm01", signal=number)
+        site.sim.fault("export_silence", after=3001, vm="vm01", seconds=1)
+        run.go()
+    assert run.status == 128 + number, run
+    assert [vm for vm in vms if ledger.untouched(vm)], "no export was stopped"
+    for vm in vms:
+        assert_whole(site, ledger, vm, least=2)
+    assert_as_if_nothing_had_happened(site, vms)
+    site.assert_pool_is_clean(["mine"] * 3)
+    site.sim.clear_faults()
+    tally("SIGTERM, SIGINT, SIGHUP in parallel exports", 1, ledger)
+
+
+def test_a_signal_during_the_login(turn, tmp_path):
+    site = turn(pool_of(1))
+    site.configure("vm-export=")
+    with Forks(tmp_path) as forks:
+        run = forks.start(site)
+        site.sim.fault("kill_client_at", pid=run.pid, method="session.login_with_password",
+                       signal=signal.SIGTERM)
+        run.go()
+    assert run.status == 128 + signal.SIGTERM
+    assert not list(site.backups.iterdir())
+    site.assert_pool_is_clean(["mine"])
