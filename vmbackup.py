@@ -1055,6 +1055,7 @@ DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is go
 LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
+DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a disk
 
 
 class Stop:
@@ -2236,7 +2237,7 @@ class VmBackup:
     def _insist(self, method, ref):
         """Destroys again while the host still holds the disk: the export's task ends before dom0
         has let go of it (xen-api#4339)."""
-        for pause in (0.2, 0.5, 1, 2, 4, 8, 8, 8, None):
+        for pause in DETACH_PAUSES + (None,):
             try:
                 self.xapi.call(method, ref)
                 return

@@ -46,9 +46,9 @@ class Ledger:
         """Whether the VM's folder is byte for byte what it was: nothing gone, nothing added."""
         return tree(self._site.backups / vm) == self.trees[vm]
 
-    def lost(self):
+    def lost(self, vms=None):
         """VMs that had a good backup and have none now, neither the old one nor a newer."""
-        return sorted(vm for vm in self.trees
+        return sorted(vm for vm in self.trees if vms is None or vm in vms
                       if not any(map(is_good, self._site.folders(vm, marked=False))))
 
     def destroyed(self, by_others=()):
@@ -58,21 +58,24 @@ class Ledger:
             if item["class"] in ("VM", "VDI") and item["record"]["name_label"] not in by_others
             and (item["ref"] in self._there or not item["record"]["is_a_snapshot"]))
 
-    def leftovers(self):
+    def leftovers(self, vms=None):
         """Snapshots, tasks and sessions on the pool, and unfinished files and folders on disk.
 
-        A finished Async task whose reference never reached the client is the host's to collect.
+        The host's to collect are a finished Async task whose reference never reached the client,
+        and a task that was destroyed while it was pending (taskHelper.ml).
         """
         sim = self._site.sim
         found = [record["name_label"] for cls in ("VM", "VDI")
                  for ref, record in sim.records(cls).items()
                  if record["is_a_snapshot"] and ref not in self._there]
+        given_up = {call["args"][1] for call in sim.calls() if call["method"] == "task.destroy"}
         found += [record["name_label"] for ref, record in sim.tasks().items()
-                  if ref not in self._foreign_tasks
+                  if ref not in self._foreign_tasks | given_up
                   and not (record["name_label"].startswith("Async.")
                            and record["status"] != "pending")]
         found += ["session of " + record["originator"] for record in sim.sessions().values()]
-        for path in self._site.backups.rglob("*"):
+        tops = [self._site.backups / vm for vm in vms] if vms else [self._site.backups]
+        for path in (path for top in tops for path in top.rglob("*")):
             of_a_vm = path.is_dir() and path.parent.parent == self._site.backups
             unmarked = of_a_vm and not is_good(path)
             if path.name.endswith(".partial") or unmarked or path.name.endswith(".lock"):
@@ -82,10 +85,13 @@ class Ledger:
 
 @pytest.fixture
 def tally(record_property):
-    """tally(fault, injected, ledger) adds a row to the table and asserts that its figures are 0."""
-    def add(fault, injected, ledger, by_others=()):
+    """tally(fault, injected, ledger) adds a row to the table and asserts that its figures are 0.
+
+    by_others: what somebody else destroyed; vms: those that the fault concerned, if not all.
+    """
+    def add(fault, injected, ledger, by_others=(), vms=None):
         assert injected, "%s never happened" % fault
-        found = ledger.lost(), ledger.destroyed(by_others), ledger.leftovers()
+        found = ledger.lost(vms), ledger.destroyed(by_others), ledger.leftovers(vms)
         record_property("tally", [fault, injected] + [len(names) for names in found])
         assert found == ([], [], []), fault
 
