@@ -2112,12 +2112,13 @@ class VmBackup:
         moment = datetime.datetime.now()
         while True:
             name = moment.strftime(self.settings.backup_dir_pattern)
-            self.folder = os.path.join(self.vm_dir, native(name))
+            folder = os.path.join(self.vm_dir, native(name))
             try:
-                os.mkdir(self.folder, 0o700)
+                os.mkdir(folder, 0o700)
                 break
             except FileExistsError:  # two runs in one second, or a clock that was set back
                 moment += datetime.timedelta(seconds=1)
+        self.folder = folder
         self._write_file(UNFINISHED, "", listed=False)
         self.log("new backup folder %s" % self.folder)
 
