@@ -649,7 +649,7 @@ def _error_text(view):
     """The message for bytes where none belong; xapi appends an HTTP 500 page after a failure."""
     text = bytes(view[:2048]).decode("utf-8", "replace")
     if text.startswith("HTTP/1."):
-        reason = re.search(r"</h1>\s*([A-Z0-9_]+)", text)
+        reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
         return "the host broke off and appended an error page%s" % (
             ": " + reason.group(1) if reason else ""
         )
