@@ -33,6 +33,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import mmap
 import os
 import queue
 import re
@@ -1693,7 +1694,7 @@ def task_verdict(xapi, stop, task):
 # ============================== from stream to disk ==============================
 
 BUFFER = 512 * 1024
-BUFFERS = 12
+BUFFERS = 8
 SYNC_EVERY = 64 * MIB
 
 
@@ -1776,7 +1777,7 @@ def pump(readinto, *takers):
     """
     free = queue.Queue()
     for _ in range(BUFFERS):
-        free.put(memoryview(bytearray(BUFFER)))
+        free.put(memoryview(mmap.mmap(-1, BUFFER)))  # goes back to the system after use
     consumers = [Consumer(take) for take in takers]
     try:
         while not any(consumer.error for consumer in consumers):
@@ -1849,8 +1850,7 @@ class Lock:
 
     def __exit__(self, *_error):
         with contextlib.suppress(OSError):
-            if self.supported:
-                os.unlink(self._path)
+            os.unlink(self._path)
         os.close(self._fd)
 
 
@@ -2771,11 +2771,11 @@ def marked_folders(top):
     for _depth in range(3):
         inner = []
         for folder in level:
-            names = os.listdir(folder)
-            if any(marker in names for marker in MARKERS):
+            # A VM may be called `success` too.
+            if any(os.path.isfile(os.path.join(folder, marker)) for marker in MARKERS):
                 found.append(folder)
                 continue
-            for name in names:
+            for name in os.listdir(folder):
                 path = os.path.join(folder, name)
                 if os.path.isdir(path) and not os.path.islink(path):
                     inner.append(path)

@@ -78,7 +78,7 @@ class Ledger:
         for path in (path for top in tops for path in top.rglob("*")):
             of_a_vm = path.is_dir() and path.parent.parent == self._site.backups
             unmarked = of_a_vm and not is_good(path)
-            if path.name.endswith(".partial") or unmarked or path.name.endswith(".lock"):
+            if unmarked or path.is_file() and path.name.endswith((".partial", ".lock")):
                 found.append(str(path.relative_to(self._site.backups)))
         return sorted(found)
 
