@@ -87,7 +87,7 @@ def test_the_pool_database(site):
 def test_a_signal_in_an_export_cleans_up(site, number, parallel):
     here = site(pool_of("web", "db", size=20 * MIB))
     here.configure("vm-export=.*", "parallel=" + parallel)
-    here.sim.fault("export_silence", after=2 * MIB, seconds=12)
+    here.sim.fault("export_rate", bytes=300000)  # more than a minute
     process = here.start()
     until(lambda: "GET /export" in here.sim.methods() and here.snapshots())
     until(lambda: list(here.backups.glob("*/*/*.xva.partial")))

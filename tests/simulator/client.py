@@ -76,7 +76,7 @@ class Simulator:
         """End it."""
         if self._process.poll() is None:
             self._process.terminate()
-            self._process.wait(10)
+            self._process.wait(60)
         self._process.stdin.close()
         self._process.stdout.close()
 
