@@ -2652,7 +2652,8 @@ def choose(settings, vms, log):
         unknown = " ".join(selection.unknown_excludes)
         settings.warnings.append("***WARNING - vm(s) Exclude does not exist: %s" % unknown)
     if settings.rules and not selection.choices:
-        settings.warnings.append("***WARNING - no VM was chosen: nothing to back up")
+        hint = "" if settings.config_file else " (and there is no config file of that name)"
+        settings.warnings.append("***WARNING - no VM was chosen: nothing to back up" + hint)
     for line in settings.notes + settings.warnings:
         log(line)
     missing = [choice.name for choice in selection.choices if not choice.refs]
@@ -3205,7 +3206,7 @@ def parse_command(selector, words):
         config = load_config(path)
     else:
         key, separator, value = selector.partition("=")
-        if not selector.strip():
+        if not re.sub(r":[0-9]+\Z", "", selector).strip():
             raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
         if separator and key.lower() in ("vm-export", "vdi-export"):
             pairs.append((key.lower(), value, "command line"))
@@ -3354,7 +3355,7 @@ def read_password_file(path, plain=False):
     except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
     try:
-        return base64.b64decode(data, validate=True).decode("utf-8")
+        return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
     except ValueError:
         if plain:
             return data.decode("utf-8", "replace")
