@@ -455,9 +455,7 @@ def main():
     found = interpreters()
     chosen = [max(found)] if quick else sorted({min(found), max(found)})
     pythons = collections.OrderedDict((each, prepare_tests(found[each])) for each in chosen)
-    newest = pythons[max(found)]
-    if os.path.abspath(sys.prefix) != str(Path(newest).parent.parent):  # the simulator's packages
-        os.execv(newest, [newest] + sys.argv)
+    sys.executable = pythons[max(found)]  # which the simulator is started with: it has the packages
     folder = Path(tempfile.mkdtemp(prefix="vmbackup-benchmark-", dir=options.folder))
     output = open(options.output, "w", encoding="utf-8") if options.output else sys.stdout  # noqa: SIM115
     begin = time.monotonic()
