@@ -144,7 +144,7 @@ class XapiError(BackupError):
         self.code = details[0]
         if self.code == "RBAC_PERMISSION_DENIED" and hidden:
             self.code = hidden.group(1)
-        self.params = details[1:]
+        self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
         text = " ".join([self.code] + [item for item in self.params if item])
         advice = ADVICE.get(self.code)
         if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
