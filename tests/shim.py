@@ -8,6 +8,7 @@ Environment variables tell what happens; all calls that change something in the 
     SHIM_KILL    the number of the call before which the process gets SIGKILL
     SHIM_FAIL    the number of the call that fails instead, with the error number SHIM_ERRNO
     SHIM_CALL    "flock", "fsync", "write": all calls of that name fail with SHIM_ERRNO
+    SHIM_LOG     a file that gets a line of each: the call and the path (of rename: the new one)
 """
 import shutil
 import subprocess
@@ -30,10 +31,12 @@ SOURCE = r"""
 #define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
 static int steps;
+static __thread char concerned_path[4096];
 
 static int inside(const char *path)
 {
     const char *tree = getenv("SHIM_TREE");
+    snprintf(concerned_path, sizeof concerned_path, "%s", path ? path : "");
     return tree && path && !strncmp(path, tree, strlen(tree));
 }
 
@@ -61,6 +64,11 @@ static int step(const char *call, int concerned, int counted)
 {
     if (!concerned)
         return 0;
+    FILE *log = getenv("SHIM_LOG") && counted ? fopen(getenv("SHIM_LOG"), "a") : NULL;
+    if (log) {
+        fprintf(log, "%s %s\n", call, concerned_path);
+        fclose(log);
+    }
     int now = counted ? __sync_add_and_fetch(&steps, 1) : -1;
     if (now == number("SHIM_KILL"))
         kill(getpid(), SIGKILL);

@@ -84,6 +84,32 @@ def test_the_disk_fails_once_at_every_change(turn, tmp_path, shim, tally):
     tally("the disk fails at a change", failed, ledger)
 
 
+def test_all_is_flushed_before_the_marker_and_the_marker_at_once(turn, tmp_path, shim):
+    """What a power cut leaves: the marker only if all that it vouches for is on the disk."""
+    site = turn(pool_of(web=8192))
+    site.configure("vm-export=web")
+    log = tmp_path / "calls"
+    result = site.run(env={"LD_PRELOAD": str(shim), "SHIM_TREE": str(site.backups),
+                           "SHIM_LOG": str(log)})
+    assert result.status == 0, result
+    (folder,) = site.folders("web")
+    calls = [tuple(line.split(" ", 1)) for line in log.read_text().splitlines()]
+    marker = calls.index(("rename", str(folder / "success")))
+    export = str(folder / "web.xva")
+    flushed = [path for call, path in calls[:marker] if call == "fsync"]
+    assert export + ".partial" in flushed
+    assert calls.index(("fsync", export + ".partial")) < calls.index(("rename", export))
+    assert calls.index(("rename", export)) < calls.index(("fsync", str(folder))) < marker
+    assert str(folder / "unfinished.partial") in flushed
+    for path in [folder] + list(folder.rglob("*")):
+        if path.name not in ("web.xva", "success"):
+            assert str(path) in flushed, path
+            last = max(i for i, (call, name) in enumerate(calls[:marker]) if name == str(path))
+            assert calls[last][0] == "fsync", calls[last]
+    assert calls[marker + 1:marker + 4] == [
+        ("fsync", str(path)) for path in (folder, folder.parent, site.backups)]
+
+
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_a_disk_that_never_flushes_or_takes_a_byte(turn, shim, tally, call):
     site = turn(pool_of(web=8192, db=8192))
