@@ -1055,6 +1055,7 @@ SILENCE = 30  # seconds without a byte after which the host is asked how the tas
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
+FAILURE_PAUSES = (0, 0.2, 0.8, 2)  # seconds until a task must have told why its stream failed
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
 DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a disk
 
@@ -1660,7 +1661,7 @@ def task_failure(xapi, task):
     """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
     task of an early failure may stay pending for ever, see xapi_http.ml)."""
     with contextlib.suppress(XapiError):
-        for pause in (0, 0.2, 0.8, 2):
+        for pause in FAILURE_PAUSES:
             time.sleep(pause)
             record = xapi.call("task.get_record", task)
             if record["status"] in ("failure", "cancelled"):
