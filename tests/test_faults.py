@@ -10,22 +10,33 @@ import hashlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 
 import pytest
+from forks import Forks
 from harness import ROOT, finish
 from simulator import server
 from simulator.api import XapiError
 from simulator.pool import MIB, Pool, disk, snapshot
 from tally import Ledger, is_good, tree
-from test_main_job import disks_in, source_hashes
+from test_death import (
+    destroy_as_an_administrator,
+    furnish,
+    lone_vdi_snapshots,
+    old_backup,
+    pool_of,
+    the_host_forgets,
+)
+from test_main_job import disks_in
 
-SIZE = 2 * MIB + 512
-IMPATIENT = {"TASK_ENDS": 1, "DETACH_PAUSES": (0.1, 0.2)}
+SIZE = MIB + 512  # of each disk: two chunks
+IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_PAUSES": (0, 0.1), "DETACH_PAUSES": (0.1, 0.2)}
 GOOD, WARNED = "***Success***", "***WARNING***"
+WITNESSES = ["a witness", "zz witness"]  # VMs without a fault: the first and the last of a run
 
 # One fault of one VM: `kind` is its row in the table at the end. `ends` is GOOD, WARNED, or a
 # regular expression for the reason that the ERROR has to give. An option `after` may be the name of
@@ -54,14 +65,20 @@ def wait_until(condition):
 
 
 def night(site, tally, chosen, words=(), landmarks=None, kind="vm-export", **options):
-    """A good run, one with all the faults, a good run again; checks what each has to leave.
+    """Good backups, a run with all the faults, a good run again; checks what each has to leave.
 
     chosen: {VM: Fault}, a VM's disk has its name. landmarks(vm): {place: byte}, by the VM's good
     backup. words: of all runs. options: of all faults. Returns the Result of the run with faults.
     """
-    words = ["parallel=8"] + list(words)
-    result = site.run(*words)
-    assert result.status == 0, result
+    words = ["parallel=4"] + list(words)
+    places = [vm for vm, fault in chosen.items() if isinstance(fault.options.get("after"), str)]
+    if places:
+        config = site.config.read_text()
+        site.config.write_text(config + "exclude=(?!%s)\n" % "|".join(map("{}$".format, places)))
+        assert site.run(*words).status == 0
+        site.config.write_text(config)
+    for vm in sorted(set(chosen) - set(places)) + WITNESSES:
+        old_backup(site, vm, 1)
     ledger, numbers = Ledger(site), {}
     for vm, fault in chosen.items():
         given = dict(fault.options, **options)
@@ -156,18 +173,18 @@ NO_MATCH = "does not match its hash"
 XVA = {
     "first missing": Fault(DAMAGED, "missing_chunk", {"chunk": 0}, "unexpected member"),
     "last missing": Fault(DAMAGED, "missing_last_chunk", {}, r"disk Ref:\d+ ends at .* bytes"),
-    "all missing": Fault(DAMAGED, "missing_chunk", {"chunk": [0, 1, 2]}, "disk Ref.* is missing"),
+    "all missing": Fault(DAMAGED, "missing_chunk", {"chunk": [0, 1]}, "disk Ref.* is missing"),
     "wrong first hash": Fault(DAMAGED, "wrong_hash", {"chunk": 0}, NO_MATCH),
     "wrong last hash": Fault(DAMAGED, "wrong_hash", {}, NO_MATCH),
     "first bit": Fault(DAMAGED, "flip_bit", {"chunk": 0}, NO_MATCH),
-    "middle bit": Fault(DAMAGED, "flip_bit", {"chunk": 1, "byte": 77777}, NO_MATCH),
+    "middle bit": Fault(DAMAGED, "flip_bit", {"chunk": 0, "byte": 77777}, NO_MATCH),
     "last bit": Fault(DAMAGED, "flip_bit", {"byte": -1}, NO_MATCH),
     "numbers restart": Fault(DAMAGED, "restart_numbers", {}, "out of order"),
     "no end": Fault(DAMAGED, "no_end_blocks", {}, "the archive is cut off"),
     "text behind": Fault(DAMAGED, "trailing_text", {}, "data after the end"),
     "a byte behind": Fault(DAMAGED, "trailing_text", {"text": "x"}, "data after the end"),
     "joined": Fault(DAMAGED, "joined_twice", {}, "data after the end"),
-    "keep-alive": Fault("unusual archive", "keepalive_members", {"chunk": [1, 2]}, GOOD),
+    "keep-alive": Fault("unusual archive", "keepalive_members", {"chunk": [0, 1]}, GOOD),
     "old checksums": Fault("unusual archive", "sha1_checksums", {}, GOOD),
     "zeros": Fault("unusual archive", "zero_chunks", {}, GOOD),
     "success of a part": Fault(CUT, "export_cut", {"after": "last chunk", "task": "success"}, LOST),
@@ -218,9 +235,9 @@ def xva_landmarks(path):
 def pool_for(faults):
     """A VM for each fault, two that have none, and what must never be touched."""
     pool = Pool()
-    for vm in ["a witness"] + sorted(faults) + ["zz witness"]:
+    for vm in WITNESSES + sorted(faults):
         pool.vm(vm, disks=[disk(SIZE, vm, seed=vm)], power_state="Running",
-                snapshots=[snapshot("mine")] if "witness" in vm else [])
+                snapshots=[snapshot("mine")] if vm in WITNESSES else [])
     pool.vm("RESTORE_a witness", disks=[disk(MIB)])
     pool.setting(first_id=1000)
     return pool
@@ -238,10 +255,10 @@ def test_faults_of_a_vms_export(turn, tally, compress, suffix, rows, words):
     here.configure("compress=" + compress, *CHOOSE)
     words = ["host=" + here.sim.http for _ in words]  # TLS in one of them will do
     night(here, tally, rows, words, lambda vm: xva_landmarks(here.file(vm, suffix)))
-    for vm in list(rows) + ["a witness", "zz witness"]:
+    for vm in WITNESSES + list(rows):
         found = disks_in(unpacked(here.file(vm, suffix)))
         hashes = [hashlib.sha256(data).hexdigest() for data in found.values()]
-        assert hashes == source_hashes(here.sim, vm)
+        assert hashes == [here.sim.disk_sha256(vm)]
 
 
 def disk_landmarks(path):
@@ -281,7 +298,7 @@ def test_faults_of_a_disks_export(turn, tally, form):
     here.configure("vdi_export_format=" + form, CHOOSE[0].replace("vm-", "vdi-"), *CHOOSE[1:])
     night(here, tally, DISK, ["host=" + here.sim.http],
           lambda vm: disk_landmarks(here.file(vm, form)), "vdi-export", path="/export_raw_vdi")
-    for vm in list(DISK) + ["a witness", "zz witness"]:
+    for vm in WITNESSES + list(DISK):
         path = here.file(vm, form)
         if form == "vhd":
             raw = here.path / "disk"
@@ -290,7 +307,7 @@ def test_faults_of_a_disks_export(turn, tally, form):
             path = raw
         with path.open("rb") as file:
             data = file.read()[:SIZE]
-        assert [hashlib.sha256(data).hexdigest()] == source_hashes(here.sim, vm)
+        assert hashlib.sha256(data).hexdigest() == here.sim.disk_sha256(vm)
 
 
 METADATA = {name: Fault("no or cut metadata", fault, options, WARNED) for name, fault, options in [
@@ -313,22 +330,19 @@ METADATA = {name: Fault("no or cut metadata", fault, options, WARNED) for name, 
 def test_faults_of_the_metadata_cost_a_warning_and_not_the_backup(turn, tally):
     here = turn(pool_for(METADATA))
     here.configure(*CHOOSE)
-    result = night(here, tally, METADATA, landmarks=None, path="/export_metadata")
+    result = night(here, tally, METADATA, ["host=" + here.sim.http], path="/export_metadata")
     for vm in METADATA:
         assert result.has("%s: WARNING no vm-metadata.xml: " % vm)
 
 
 DATABASE = [
     ("export_fail", {}, "VDI_IO_ERROR"),
-    ("export_fail", {"after": 5000}, "VDI_IO_ERROR"),
     ("export_fail", {"after": -12}, "VDI_IO_ERROR"),
     ("export_fail_after_whole", {"text": True}, "VDI_IO_ERROR"),
-    ("export_fail_after_whole", {}, "VDI_IO_ERROR"),
     ("export_cut", {"after": 0, "task": "vanish"}, "does not end in </database>"),
     ("export_cut", {"after": -12, "task": "vanish"}, "does not end in </database>"),
     ("export_reset", {"after": 5000}, "connection to the host broke"),
     ("export_500", {"error_info": ["INTERNAL_ERROR", "Not_found"]}, "INTERNAL_ERROR Not_found"),
-    ("export_401", {}, "the host answered 401"),
     ("task_never_completes", {}, "its task did not"),
 ]
 
@@ -402,3 +416,233 @@ def test_faults_of_snapshots(turn, tally, kind, rows):
     for vm, fault in rows.items():
         named = "%s: WARNING the snapshot OpaqueRef:" % vm
         assert result.has(named) == (fault.ends == WARNED), vm
+
+
+def test_a_snapshot_that_hangs_is_given_up_and_removed_later(turn, tally):
+    here = turn(pool_for({}))
+    here.configure(*CHOOSE)
+    assert here.run().status == 0
+    ledger = Ledger(here)
+    here.sim.fault("snapshot_slow", vm="a witness", seconds=3)
+    result = finish(hasty(here, SNAPSHOT_TIMEOUT=1))
+    assert result.status == 2, result
+    assert result.has("a witness - ***ERROR*** VM.snapshot did not end within 1 s: TASK_TIMEOUT")
+    assert result.has("zz witness - ***Success***")
+    assert ledger.untouched("a witness")
+    wait_until(lambda: "RESTORE_a witness" in here.snapshots())  # the host made it all the same
+    here.sim.clear_faults()
+    assert here.run().status == 0
+    tally("snapshot hangs", 1, ledger)
+
+
+# --- sessions, connections, hosts -----------------------------------------------------------------
+
+LOGIN = "session.login_with_password"
+NAMES = {"session_lost": "session lost at a call", "xapi_restart": "xapi restarted at a call",
+         "rpc_drop": "connection dropped at a call"}
+
+
+def methods_to_hit(calls, what, options):
+    """The methods whose first call gets the fault: all that a run calls, where it can matter."""
+    methods = list(dict.fromkeys(call["method"] for call in calls))
+    if what == "rpc_drop":
+        methods = [method for method in methods if not method.startswith("GET ")]
+    if options.get("moment") == "before":
+        methods = [method for method in methods if ".get_" not in method]
+    return methods
+
+
+@pytest.mark.parametrize("kind, what, options", [
+    ("vm-export", "session_lost", {}),
+    ("vm-export", "xapi_restart", {}),
+    ("vm-export", "rpc_drop", {"moment": "before"}),
+    ("vm-export", "rpc_drop", {"moment": "after"}),
+    ("vdi-export", "rpc_drop", {"moment": "after"}),
+])
+def test_the_host_lets_go_at_a_call(turn, tmp_path, tally, kind, what, options):
+    """The session is gone, xapi starts anew, or the connection drops before or after the call was
+    carried out. Where a session was lost there is one new login, and the backup is made; whatever
+    happens, no snapshot is taken twice, and none is left behind by the next run."""
+    here = turn(pool_of(30))
+    ledger, nameless = furnish(here, ["vm%02d" % number for number in range(30)]), []
+    with Forks(tmp_path) as forks:
+        def run(vm):
+            here.configure("%s=%s" % (kind, vm), "max_backups=2")
+            here.sim.reset_calls()
+            result = forks.run(here)
+            return result, here.sim.calls()
+
+        result, calls = run("vm00")
+        assert result.status == 0, result
+        methods = methods_to_hit(calls, what, options)
+        vms = ["vm%02d" % number for number in range(1, len(methods) + 1)]
+        for vm, hit in zip(vms, methods):
+            number = here.sim.fault(what, times=1, method=hit, **options)
+            result, calls = run(vm)
+            assert here.sim.faults()[0]["fired"] == 1, hit
+            here.sim.clear_faults(number)
+            carried_out = [call for call in calls if call["method"].endswith(".snapshot")
+                           and call["outcome"] in ("Success", "dropped")]
+            assert len(carried_out) <= 1, (hit, result)
+            assert len(list(filter(is_good, here.folders(vm)))) == 2, (hit, result)
+            logins = [call["method"] for call in calls].count(LOGIN)
+            if what == "session_lost":
+                again = hit not in (LOGIN, "session.logout")
+                assert (result.status, logins) == (0, 1 + again), (hit, result)
+            elif hit == "Async.VDI.snapshot":
+                nameless.append(vm)
+            assert result.status != 0 or not ledger.untouched(vm)
+
+    the_host_forgets(here)  # a task that was made, but whose reference never arrived
+    here.configure("max_backups=2", *["%s=%s" % (kind, vm) for vm in vms])
+    result = here.run("host=" + here.sim.http)
+    assert result.status == 0, result
+    # One that bears the disk's name still, as anybody's snapshot does, may not be destroyed.
+    left = lone_vdi_snapshots(here)
+    assert sorted(left.values()) == nameless
+    destroy_as_an_administrator(here, left)
+    tally(NAMES[what], len(vms) - len(nameless), ledger)
+
+
+def test_the_host_lets_go_in_the_middle_of_an_export(turn, tally):
+    here = turn(pool_for({}))
+    here.configure(*CHOOSE)
+    assert here.run().status == 0
+    faults = {
+        "session_lost": (0, GOOD), "task_vanish": (1, WARNED),
+        "tasks_cancelled": (2, "***ERROR*** the export's task failed: TASK_CANCELLED"),
+        "xapi_restart": (2, "***ERROR*** the export is not whole: ")}
+    for what, (status, ends) in faults.items():
+        ledger = Ledger(here)
+        here.sim.fault(what, vm="a witness", after=MIB)
+        result = here.run()
+        assert result.status == status, result
+        assert result.has("vm-export a witness - " + ends), result
+        assert result.has("vm-export zz witness - " + GOOD), result
+        assert ledger.untouched("a witness") == (status == 2)
+    injected = [fault["fired"] for fault in here.sim.faults()]
+    assert injected == [1, 1, 1, 1]
+    here.sim.clear_faults()
+    assert here.run().status == 0
+    tally("session, task or host lost in an export", sum(injected), ledger)
+
+
+def test_silence_is_no_error_while_the_host_answers(turn):
+    here = turn(pool_for({}))
+    here.configure(*CHOOSE)
+    here.sim.fault("export_silence", vm="a witness", after=MIB, seconds=4)
+    result = finish(hasty(here, SILENCE=1, DEAD_AFTER=2, LINGER=2))
+    assert result.status == 0, result
+    here.assert_pool_is_clean(["mine", "mine"])
+
+
+def test_silence_is_an_error_once_the_task_has_ended(turn, tally):
+    here = turn(pool_for({}))
+    here.configure(*CHOOSE)
+    assert here.run().status == 0
+    ledger = Ledger(here)
+    here.sim.fault("task_vanish", vm="a witness", after=MIB)
+    here.sim.fault("export_silence", vm="a witness", after=MIB, seconds=3600)
+    process = hasty(here, SILENCE=0.5, LINGER=1)
+    wait_until(lambda: "task.cancel" in here.sim.methods())
+    here.sim.fault("xapi_restart")  # or the disk would stay in use for an hour
+    result = finish(process)
+    assert result.status == 2, result
+    assert result.has("a witness - ***ERROR*** the export is not whole: "
+                      "the task has ended but the stream stays open and silent")
+    assert result.has("zz witness - ***Success***")
+    assert ledger.untouched("a witness")
+    here.sim.clear_faults()
+    assert here.run().status == 0
+    tally("silence for ever", 1, ledger)
+
+
+def test_a_dead_host_is_noticed(site, tally):
+    here = site(pool_for({}))
+    here.configure(*CHOOSE)
+    assert here.run().status == 0
+    ledger = Ledger(here)
+    here.sim.fault("export_silence", vm="a witness", after=MIB, seconds=3600)
+    here.sim.reset_calls()
+    process = hasty(here, "host=" + here.sim.http, SILENCE=0.5, DEAD_AFTER=1, CALL_TIMEOUT=1,
+                    DETACH_PAUSES=())
+    wait_until(lambda: "GET /export" in here.sim.methods())
+    os.kill(here.sim.pid, signal.SIGSTOP)
+    try:
+        result = finish(process)
+    finally:
+        os.kill(here.sim.pid, signal.SIGCONT)
+    assert result.status == 2, result
+    assert result.has("a witness - ***ERROR*** the export is not whole: "
+                      "the host sent nothing and did not answer for 1 s")
+    assert result.has("zz witness - ***ERROR*** ")
+    assert ledger.untouched("a witness") and ledger.untouched("zz witness")
+    here.sim.clear_faults()
+    here.sim.fault("xapi_restart")
+    assert here.run().status == 0
+    tally("host dies", 1, ledger)
+
+
+def test_the_master_changes(site, tally):
+    pool = Pool(hosts=2)
+    for vm in ("web", "db"):
+        pool.vm(vm, disks=[disk(SIZE, seed=vm)])
+    here = site(pool)
+    here.configure("vm-export=web", "vm-export=db", "max_backups=1")
+    assert here.run().status == 0
+    ledger, moments = Ledger(here), [
+        {"method": "VM.snapshot"}, {"method": "VM.snapshot", "moment": "after"},
+        {"method": "GET /export"}, {"after": MIB}, {"method": "VM.destroy"}]
+    for number, moment in enumerate(moments):
+        here.sim.fault("master_moves", to=(number + 1) % 2, **moment)
+        result = here.run()
+        assert result.status in (0, 1, 2), result
+        assert result.has("***Success***"), result
+        (fault,) = here.sim.faults()
+        assert fault["fired"] == 1
+        assert ledger.lost() == []
+        here.sim.clear_faults()
+    result = here.run()
+    assert result.status == 0, result
+    assert result.has("is not the pool master, going on to 127.0.0.2")
+    tally("master changes", len(moments), ledger)
+
+
+def test_vms_that_are_deleted_or_renamed(turn, tally):
+    here = turn(pool_for({"b deleted before": 0, "c renamed": 0, "d deleted in its export": 0}))
+    here.configure(*CHOOSE)
+    assert here.run().status == 0
+    ledger = Ledger(here)
+    here.sim.fault("vm_deleted", target="b deleted before", method="GET /export")
+    here.sim.fault("vm_renamed", target="c renamed", to="c2", method="GET /export")
+    here.sim.fault("vm_deleted", after=MIB, target="d deleted in its export",
+                   vm="d deleted in its export")
+    result = here.run()
+    assert result.status == 2, result
+    assert result.has("b deleted before - ***ERROR*** the VM was deleted since this run began")
+    assert ledger.untouched("b deleted before")
+    assert result.has("c renamed - ***WARNING***") and result.has("the VM is now called c2")
+    assert result.has("d deleted in its export - ***Success***")
+    injected = sum(fault["fired"] for fault in here.sim.faults())
+    result = here.run()
+    assert result.status == 0, result
+    assert len(here.folders("c2")) == 1
+    tally("VM deleted or renamed", injected, ledger,
+          by_others=("b deleted before", "d deleted in its export"))
+
+
+def test_a_redirect_to_an_impostor_is_not_followed(site, tally):
+    """It has an address of the pool, but not the certificate that the pool vouches for."""
+    here, impostor = site(pool_for({})), site(pool_for({}))
+    here.configure("tls_fingerprint=" + here.sim.fingerprint, *CHOOSE)
+    assert here.run().status == 0
+    ledger = Ledger(here)
+    here.sim.fault("export_302", vm="a witness", location=impostor.sim.url + "/export?ref=x")
+    result = here.run()
+    assert result.status == 2, result
+    assert re.search("a witness - [*]+ERROR[*]+ .*certificate of .* is not trusted", result.out)
+    assert impostor.sim.methods() == []
+    assert ledger.untouched("a witness")
+    here.sim.clear_faults()
+    assert here.run().status == 0
+    tally(ANSWER, 1, ledger)

@@ -434,8 +434,9 @@ class Handler:
             triggers.append((reset.get("after", 0), self._reset))
         silence = self.fault("export_silence")
         if silence:
-            triggers.append((silence.get("after", 0),
-                             lambda: time.sleep(silence.get("seconds", 1))))
+            restarts = self.simulator.restarts
+            triggers.append((silence.get("after", 0), lambda: server.sleep_unless(
+                lambda: self.simulator.restarts != restarts, silence.get("seconds", 1))))
         return [(_offset(after, size), action) for after, action in triggers]
 
     def _archive_triggers(self, size):

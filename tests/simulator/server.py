@@ -305,7 +305,7 @@ class Connection:
         hang = self.simulator.faults.take("rpc_hang", **occasion)
         if hang:
             restarts = self.simulator.restarts
-            _sleep_unless(lambda: self.simulator.restarts != restarts, hang.get("seconds", 3600))
+            sleep_unless(lambda: self.simulator.restarts != restarts, hang.get("seconds", 3600))
         if self.simulator.faults.take("rpc_drop", **occasion):
             entry["outcome"] = "dropped"
             return False
@@ -359,7 +359,8 @@ TOO_LARGE = ("431", "Request Header Fields Too Large",
              "<h1>HTTP 431 request header fields too large</h1>Exceeded the maximum header size.")
 
 
-def _sleep_unless(stop, seconds):
+def sleep_unless(stop, seconds):
+    """Sleep, but no longer than until ``stop()``."""
     event = threading.Event()
     while seconds > 0 and not stop():
         event.wait(min(seconds, 0.1))
