@@ -216,48 +216,6 @@ def test_what_a_killed_run_left_is_removed_and_nothing_of_others(site):
     assert "RESTORE_web" in [vm["name_label"] for vm in here.sim.records("VM").values()]
 
 
-FAULTS = {
-    "cut at a byte": ("export_cut", {"after": MIB + 700}),
-    "cut at a member": ("export_cut", {"after": 0}),
-    "cut though the task succeeds": ("export_cut", {"after": MIB, "task": "success"}),
-    "failed, with an error page": ("export_fail", {"after": MIB}),
-    "failed without one": ("export_fail_silent", {"after": MIB}),
-    "failed after the whole body": ("export_fail_after_whole", {}),
-    "cancelled": ("export_cancel", {"after": MIB}),
-    "connection reset": ("export_reset", {"after": MIB}),
-    "no answer at all": ("export_empty_reply", {}),
-    "refused": ("export_500", {}),
-    "head too large": ("export_431", {}),
-    "a circle of redirects": ("export_302", {"location": "https://127.0.0.1:1/export"}),
-    "last chunk missing": ("missing_last_chunk", {}),
-    "wrong hash": ("wrong_hash", {}),
-    "flipped bit": ("flip_bit", {}),
-    "no end": ("no_end_blocks", {}),
-    "joined": ("joined_twice", {}),
-    "text behind": ("trailing_text", {}),
-}
-
-
-@pytest.mark.timeout(600)  # eighteen runs
-@pytest.mark.parametrize("compress", ["False", "gzip", "zstd"])
-def test_no_damaged_export_becomes_a_backup(site, compress):
-    here = site(small_pool())
-    here.configure("vm-export=web", "vm-export=db", "compress=" + compress, "max_backups=1")
-    assert here.run().status == 0
-    (good,) = here.folders("web")
-    before = {path: path.read_bytes() for path in good.rglob("*") if path.is_file()}
-    for what, (fault, options) in FAULTS.items():
-        number = here.sim.fault(fault, vm="web", **options)
-        result = here.run()
-        assert result.status == 2, (what, result)
-        assert result.has("VmBackup vm-export web - ***ERROR*** "), what
-        assert result.has("VmBackup vm-export db - ***Success***"), what
-        assert here.folders("web", marked=False) == [good], what
-        assert {path: path.read_bytes() for path in before} == before, what
-        here.sim.clear_faults(number)
-        here.assert_pool_is_clean(["mine"])
-
-
 def test_a_task_that_is_gone_leaves_the_verdict_to_the_archive(site):
     here = site(small_pool())
     here.configure("vm-export=web")
