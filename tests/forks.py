@@ -20,7 +20,8 @@ from harness import ROOT
 _FORKER = """
 import json, os, signal, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
-import importlib.util, queue, XenAPI, requests, tempfile, urllib3, vmbackup, xxhash
+import _strptime, importlib.util, queue, tempfile, encodings.idna, encodings.utf_8_sig
+import XenAPI, requests, urllib3, vmbackup, xxhash
 for line in sys.stdin:
     words, env, out = json.loads(line)
     pid = os.fork()
