@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A library for LD_PRELOAD that lets the disk fail, or the process die, at any step of a run.
+"""A library for LD_PRELOAD that lets the disk fail, the process die at any step, or clocks jump.
 
 Environment variables tell what happens; all calls that change something in the tree are counted
 (what is made, opened for writing, renamed, flushed, deleted), from 1 on, a write to a file once:
@@ -9,6 +9,10 @@ Environment variables tell what happens; all calls that change something in the 
     SHIM_FAIL    the number of the call that fails instead, with the error number SHIM_ERRNO
     SHIM_CALL    "flock", "fsync", "write": all calls of that name fail with SHIM_ERRNO
     SHIM_LOG     a file that gets a line of each: the call and the path (of rename: the new one)
+
+    SHIM_TIME    the time at which the process begins, in seconds since 1970
+    SHIM_STANDS  it stays this second all the time
+    SHIM_JUMP    a file with the number of seconds that all clocks are ahead, now or later
 """
 import shutil
 import subprocess
@@ -26,6 +30,7 @@ SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
@@ -120,6 +125,43 @@ SIMPLE(unlinkat, (int fd, const char *path, int flags), (fd, path, flags), at(fd
 SIMPLE(rmdir, (const char *path), (path), inside(path))
 SIMPLE(fsync, (int fd), (fd), inside_fd(fd))
 SIMPLE(flock, (int fd, int operation), (fd, operation), inside_fd(fd))
+
+static int jump(clockid_t clock)
+{
+    int seconds = 0;
+    const char *path = getenv("SHIM_JUMP");
+    FILE *file = path && (clock == CLOCK_REALTIME || clock == CLOCK_MONOTONIC)
+                 ? fopen(path, "r") : NULL;
+    if (file) {
+        if (fscanf(file, "%d", &seconds) != 1)
+            seconds = 0;
+        fclose(file);
+    }
+    return seconds;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    static time_t began;
+    REAL(clock_gettime);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME && getenv("SHIM_TIME")) {
+        if (!began || getenv("SHIM_STANDS"))
+            began = now->tv_sec;
+        now->tv_sec += number("SHIM_TIME") - began;
+    }
+    now->tv_sec += jump(clock);
+    return result;
+}
+
+int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *rest)
+{
+    REAL(clock_nanosleep);
+    struct timespec real_until = *until;
+    if (flags & TIMER_ABSTIME)
+        real_until.tv_sec -= jump(clock);
+    return real(clock, flags, &real_until, rest);
+}
 """
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Clocks that jump and time zones that change: whatever the folders are called, the backup that is
-really the oldest is the one to go. The clock is libfaketime's."""
+really the oldest is the one to go. The clock is that of shim.py."""
 import calendar
-import glob
 import os
 import signal
 import time
@@ -12,17 +11,13 @@ from harness import finish
 from simulator.pool import Pool, disk
 from tally import Ledger, is_good
 
-LIBRARY = (glob.glob("/usr/lib/*/faketime/libfaketime.so.1") + [None])[0]
-faked = pytest.mark.skipif(not LIBRARY, reason="the Debian package libfaketime is not installed")
 BERLIN = "CET-1CEST,M3.5.0/2,M10.5.0/3"
 
 
-def at(moment, zone="UTC", stands=False):
-    """The environment of a run at that moment (UTC), in that time zone; `stands`: as the clock."""
+def at(moment, zone="UTC", **more):
+    """The environment of a run at that moment (UTC), in that time zone."""
     seconds = calendar.timegm(time.strptime(moment, "%Y-%m-%d %H:%M"))
-    return {"TZ": zone, "LD_PRELOAD": LIBRARY, "FAKETIME_FMT": "%s", "NO_FAKE_STAT": "1",
-            "FAKETIME": "%s%d" % ("" if stands else "@", seconds),
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    return dict(more, TZ=zone, SHIM_TIME=str(seconds))
 
 
 RUNS = {  # the runs, and what the first two folders are called, to the minute
@@ -44,21 +39,20 @@ RUNS = {  # the runs, and what the first two folders are called, to the minute
         [at("2026-10-25 02:00"), at("1970-01-01 00:01", "WEST12"), at("2026-10-26 02:00")],
         ["2026-10-25-(02:00", "1969-12-31-(12:01"]),
     "runs in one second": (
-        [at("2026-10-25 02:00", stands=True)] * 3,
+        [at("2026-10-25 02:00", SHIM_STANDS="1")] * 3,
         ["2026-10-25-(02:00", "2026-10-25-(02:00"]),
 }
 
 
-@faked
 @pytest.mark.parametrize("runs, names", list(RUNS.values()), ids=list(RUNS))
-def test_the_oldest_goes_whatever_the_clock_says(turn, tally, runs, names):
+def test_the_oldest_goes_whatever_the_clock_says(turn, tally, shim, runs, names):
     pool = Pool()
     pool.vm("web", disks=[disk(8192, seed=1)])
     site = turn(pool)
     site.configure("vm-export=web", "max_backups=2")
     made, ledger = [], None
     for env in runs:
-        result = site.run("host=" + site.sim.http, env=env)
+        result = site.run("host=" + site.sim.http, env=dict(env, LD_PRELOAD=str(shim)))
         assert result.status == 0, result
         ledger = ledger or Ledger(site)
         (new,) = [folder.name for folder in site.folders("web") if folder.name not in made]
@@ -69,19 +63,16 @@ def test_the_oldest_goes_whatever_the_clock_says(turn, tally, runs, names):
     tally("a clock or time zone that changes", len(runs) - 1, ledger)
 
 
-@faked
-def test_a_backup_of_more_than_a_day_tells_all_its_minutes(turn, tmp_path):
+def test_a_backup_of_more_than_a_day_tells_all_its_minutes(turn, tmp_path, shim):
     """In the middle of the export all clocks go on by 25 hours."""
     pool = Pool()
     pool.vm("web", disks=[disk(8192, seed=1)])
-    site, clock = turn(pool), tmp_path / "clock"
+    site, jump = turn(pool), tmp_path / "jump"
     site.configure("vm-export=web")
-    clock.write_text("+0\n")
-    process = site.start(env={"LD_PRELOAD": LIBRARY, "FAKETIME_TIMESTAMP_FILE": str(clock),
-                              "FAKETIME_NO_CACHE": "1", "NO_FAKE_STAT": "1"})
+    process = site.start(env={"LD_PRELOAD": str(shim), "SHIM_JUMP": str(jump)})
     site.sim.fault("kill_client_at", pid=process.pid, after=3000, signal=signal.SIGSTOP)
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-    clock.write_text("+%d\n" % (25 * 3600))
+    jump.write_text(str(25 * 3600))
     process.send_signal(signal.SIGCONT)
     result = finish(process)
     assert result.status == 0, result
