@@ -1484,6 +1484,7 @@ class Stream:
         class Direct(urllib3.connection.HTTPConnection):
             def connect(self):
                 self.sock = outer._sock = outer._endpoint.open_socket(None)
+                outer._stop.check()  # a signal before this line found no socket to shut down
 
         class Adapter(requests.adapters.HTTPAdapter):
             def get_connection_with_tls_context(self, *_args, **_options):
@@ -2498,15 +2499,17 @@ class Run:
             finally:
                 idle.append(xapi)
 
+        from concurrent.futures import ThreadPoolExecutor, wait
+
         idle = [self.new_xapi() for _ in range(self.settings.parallel - 1)] + [self.xapi]
         try:
-            if len(idle) == 1:
-                yield from filter(None, map(work, choices))
-            else:
-                from concurrent.futures import ThreadPoolExecutor
-
-                with ThreadPoolExecutor(len(idle)) as pool:
-                    yield from filter(None, pool.map(work, choices))
+            with ThreadPoolExecutor(len(idle)) as pool:
+                for future in [pool.submit(work, choice) for choice in choices]:
+                    # Only this thread handles signals, and blocked for long it may sleep past one.
+                    while not future.done():
+                        wait([future], timeout=0.2)
+                    if future.result():
+                        yield future.result()
         finally:
             for xapi in idle:
                 if xapi is not self.xapi:
