@@ -28,7 +28,7 @@ as xapi's compressor does.  Those marked (wire) count bytes as the client gets t
     export_cancel       after N bytes the task is cancelled by an administrator (empty error_info),
                         with the 500 text
     export_reset        (wire) TCP reset after N bytes; the task fails (EPIPE)
-    export_silence      (wire) nothing is sent for ``seconds`` at N bytes
+    export_silence      (wire) nothing is sent for ``seconds`` at N bytes, or until it is cleared
     export_rate         (wire) not more than ``bytes`` a second
     export_slow_start   ``seconds`` between the headers and the first byte
     export_empty_reply  the task fails with error_info (default NO_HOSTS_AVAILABLE), the connection
@@ -237,6 +237,11 @@ class Faults:
         with self._lock:
             self._faults = [fault for fault in self._faults
                             if name is not None and name not in (fault.name, fault.number)]
+
+    def is_set(self, fault):
+        """Whether it was not taken away yet."""
+        with self._lock:
+            return fault in self._faults
 
     def take_all(self, name, **occasion):
         """The faults of that name which happen on this occasion, each counted once."""

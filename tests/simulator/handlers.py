@@ -436,7 +436,8 @@ class Handler:
         if silence:
             restarts = self.simulator.restarts
             triggers.append((silence.get("after", 0), lambda: server.sleep_unless(
-                lambda: self.simulator.restarts != restarts, silence.get("seconds", 1))))
+                lambda: self.simulator.restarts != restarts or not self.simulator.faults.is_set(
+                    silence), silence.get("seconds", 1))))
         return [(_offset(after, size), action) for after, action in triggers]
 
     def _archive_triggers(self, size):
