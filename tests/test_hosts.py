@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""host=a,b,c: the first that answers and may be trusted, by way of a slave too; or one clear line."""
+"""host=a,b,c: the first that answers and is trusted, by way of a slave too; or one clear line."""
 import json
 
 import pytest
@@ -74,7 +74,7 @@ def test_a_slave_whose_master_is_down_is_passed_over(here):
 
 
 def test_the_first_is_not_trusted_and_gets_no_password(here):
-    """Only the second's certificate is known; it is a slave, so the master is asked, and refused."""
+    """Only the second's certificate is known; it is a slave: the master is asked, and refused."""
     second = here.sim.hosts[1]
     result = here.run("host=%s,%s" % (here.sim.url, second["url"]),
                       "tls_fingerprint=" + second["fingerprint"])
