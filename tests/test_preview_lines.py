@@ -40,8 +40,10 @@ def lines_of(result, vm):
     (["vm-export=.*", "vm-export=web"], {
         "web": "vm-export, chosen by its name", "web-2": "vm-export, chosen by vm-export=.*",
         "db": "vm-export, chosen by vm-export=.*", "empty": "vm-export, chosen by vm-export=.*"}),
-    (["vm-export=web.*:9", "vm-export=w.*:2"], dict.fromkeys(("web", "web-2"), "vm-export, chosen by vm-export=w.*:2")),
-    (["vm-export="], dict.fromkeys(("web", "web-2", "db", "empty"), "vm-export, chosen by vm-export=")),
+    (["vm-export=web.*:9", "vm-export=w.*:2"], dict.fromkeys(
+        ("web", "web-2"), "vm-export, chosen by vm-export=w.*:2")),
+    (["vm-export="], dict.fromkeys(
+        ("web", "web-2", "db", "empty"), "vm-export, chosen by vm-export=")),
     (["vdi-export=d.", "vm-export=.*", "exclude=(web|empty)"], {
         "db": "vdi-export, chosen by vdi-export=d."}),
 ])
