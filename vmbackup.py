@@ -21,7 +21,9 @@ What it promises:
 What it does not promise: that the guest's applications were quiet (snapshots are crash
 consistent), that an XVA fits an older XAPI, or anything about time: see the README.
 
-Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
+Read it from the top: settings, selection, retention and the archive checker are pure; then come
+the XAPI client, the backup of one VM, the run, reports and the command line, each built on what
+stands above it. Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
 """
 
 import base64
@@ -30,9 +32,9 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import functools
 import hashlib
 import http.client
+import io
 import mmap
 import os
 import queue
@@ -65,7 +67,7 @@ UNFINISHED = "unfinished.partial"  # becomes the marker by rename, so a folder b
 DEFAULT_PATTERN = "backup-%Y-%m-%d-(%H:%M:%S)"
 
 
-# ============================== errors ==============================
+# ============================== errors and texts ==============================
 
 
 class BackupError(Exception):
@@ -149,7 +151,7 @@ class XapiError(BackupError):
         advice = ADVICE.get(self.code)
         if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
             advice = "the storage repository refused: look at /var/log/SMlog on the host"
-        text = text[:600] + (" (%s)" % advice if advice else "")
+        text += " (%s)" % advice if advice else ""
         super().__init__("%s: %s" % (doing, text) if doing else text)
 
 
@@ -157,7 +159,7 @@ class ConnectionLost(XapiError):
     """A call or stream broke: whether the host carried it out is not known."""
 
     def __init__(self, reason):
-        super().__init__(["CONNECTION_LOST", describe(reason)])
+        super().__init__(["CONNECTION_LOST"])
         self.args = ("the connection to the host broke: %s" % describe(reason),)
 
 
@@ -169,7 +171,15 @@ def describe(error):
     return str(error) or type(error).__name__
 
 
-# ============================== text ==============================
+def reason_of(error):
+    """The same for what ends a VM's backup or a run; a programming error names its place."""
+    if isinstance(error, (BackupError, OSError)):
+        return describe(error)
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return "internal error, please report it: %s at line %d: %s" % (
+        type(error).__name__, trace.tb_lineno, describe(error))  # fmt: skip
 
 
 def from_argv(arg):
@@ -194,13 +204,11 @@ def printable(text):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(
         "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda match: match.group().encode("unicode_escape").decode("ascii"),
-        text,
-    )
+        lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def size_text(size):
-    """1536 MiB -> '1.5 GiB'."""
+    """1610612736 -> '1.5 GiB'."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return "%.*f %s" % (0 if unit == "bytes" else 1, size, unit)
@@ -222,7 +230,7 @@ def _choice(*values):
 
 def _number(low, high):
     def parse(text):
-        if not re.match(r"[0-9]{1,9}\Z", text) or not low <= int(text) <= high:
+        if not re.match(r"[0-9]{1,18}\Z", text) or not low <= int(text) <= high:
             raise ValueError
         return int(text)
 
@@ -242,6 +250,28 @@ def _fingerprint(text):
     if not re.match(r"[0-9a-f]{64}\Z", pin):
         raise ValueError
     return pin
+
+
+def _pattern(text):
+    for short, long in (("%F", "%Y-%m-%d"), ("%T", "%H:%M:%S"), ("%R", "%H:%M")):
+        text = text.replace(short, long)  # strftime knows them, strptime does not
+    moment = datetime.datetime(2031, 11, 23, 22, 58, 59)
+    name = moment.strftime(text)
+    told = parse_time(name, text)
+    if "/" in name or name.startswith(".") or not told or told.date() != moment.date():
+        raise ValueError
+    return text
+
+
+def parse_time(name, pattern):
+    """The datetime that a folder name in `pattern` tells, or None for any other name."""
+    try:
+        with warnings.catch_warnings():  # Python 3.13 warns of patterns without a year
+            warnings.simplefilter("ignore")
+            moment = datetime.datetime.strptime(name, pattern)
+    except (ValueError, re.error, IndexError, KeyError):
+        return None
+    return moment if moment.strftime(pattern) == name else None
 
 
 def parse_host(text):
@@ -272,28 +302,11 @@ def is_loopback(host):
     return host in ("localhost", "::1") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-def _pattern(text):
-    moment = datetime.datetime(2031, 11, 23, 22, 58, 59)
-    name = moment.strftime(text)
-    if "/" in name or name.startswith(".") or "\0" in name or parse_time(name, text) != moment:
-        raise ValueError
-    return text
-
-
-def parse_time(name, pattern):
-    """The datetime that a folder name in `pattern` tells, or None for any other name."""
-    try:
-        moment = datetime.datetime.strptime(name, pattern)
-    except (ValueError, re.error, IndexError, KeyError):
-        return None
-    return moment if moment.strftime(pattern) == name else None
-
-
 _flag = _choice(True, False)
 SETTINGS = [Setting(*row) for row in (
     ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
     ("status_log", "/snapshots/NAUbackup/status.log", _file, "log for monitors, a line per event"),
-    ("max_backups", "4", _number(1, 10**9), "how many backups to keep of each VM: 1 or more"),
+    ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
     ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
     ("compress", "False", _choice("False", "True", "gzip", "zstd"),
@@ -308,10 +321,10 @@ SETTINGS = [Setting(*row) for row in (
     ("tls_fingerprint", "", _several(_fingerprint),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
-    ("parallel", "1", _number(1, 64), "how many VMs are exported at a time: 1 to 64"),
+    ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
-     "name of a backup's folder: strftime, date and time to the second, no slash"),
+     "name of a backup's folder: strftime, at least year, month and day, no slash"),
     ("mail_to", "", _several(str), "mail is sent when mail_to, mail_from and smtp_server are set"),
     ("mail_from", "", str, "sender of the mail"),
     ("smtp_server", "", str, "mail server"),
@@ -367,13 +380,16 @@ def is_simple(name):
 def make_rule(key, value):
     """The Rule of one vm-export=, vdi-export= or exclude= value; `:N` is read only from its end."""
     name, keep = value, None
-    match = re.match(r"(.*):([+-]?[0-9]{1,9})\Z", value, re.DOTALL) if key != "exclude" else None
+    match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL) if key != "exclude" else None
     if match:
         name, keep = match.group(1).rstrip(), int(match.group(2))
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # A simple name that is empty would match no VM: an empty vm-export= means all of them.
-    return Rule(key, value, name, keep, bool(name) and is_simple(name))
+    rule = Rule(key, value, name, keep, bool(name) and is_simple(name))
+    if not rule.simple:
+        compile_rule(rule)
+    return rule
 
 
 def compile_rule(rule):
@@ -399,13 +415,16 @@ def make_settings(config, words):
             if ignore and number < len(config) and key not in KNOWN and key not in RULE_KEYS:
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
-                _add_rule(settings, make_rule(key, value))
+                rule = make_rule(key, value)
+                if rule.name or key == "vm-export":
+                    settings.rules.append(rule)
+                else:
+                    settings.warnings.append("***WARNING - empty %s= is passed over" % key)
             else:
                 setattr(settings, key, _parse_setting(key, value, where))
                 if key in seen and number < len(config):
-                    settings.warnings.append(
-                        "***WARNING - %s: %s is given twice, the last one counts" % (where, key)
-                    )
+                    settings.warnings.append("***WARNING - %s: %s is given twice, the last one"
+                                             " counts" % (where, key))
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
@@ -418,15 +437,6 @@ def make_settings(config, words):
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return settings
-
-
-def _add_rule(settings, rule):
-    if not rule.name and rule.key != "vm-export":
-        settings.warnings.append("***WARNING - empty %s= is passed over" % rule.key)
-        return
-    if not rule.simple:
-        compile_rule(rule)
-    settings.rules.append(rule)
 
 
 def _parse_setting(key, value, where):
@@ -444,9 +454,8 @@ def _parse_setting(key, value, where):
             raise ValueError
         return parsed
     except (ValueError, KeyError):
-        raise ConfigError(
-            "ERROR - %s: %s=%s is not allowed; %s" % (where, key, value, setting.about)
-        ) from None
+        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s"
+                          % (where, key, value, setting.about)) from None
 
 
 # ============================== selection ==============================
@@ -454,6 +463,7 @@ def _parse_setting(key, value, where):
 # One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
 Choice = collections.namedtuple("Choice", "kind name refs keep rule")
 Selection = collections.namedtuple("Selection", "choices excluded left unknown_excludes unmatched")
+REGEX_TIMEOUT = 20  # seconds that all regular expressions together may take
 
 
 def select(rules, names):
@@ -470,41 +480,24 @@ def select(rules, names):
         match = compile_rule(rule).match
         return [name for name in sorted(names) if match(name)]
 
-    excluded, unknown_excludes, unmatched = [], [], []
-    for rule in rules:
-        if rule.key == "exclude":
-            found = matching(rule)
-            excluded += [name for name in found if name not in excluded]
-            if not found:
-                unknown_excludes.append(rule.value)
-    hidden = set(excluded)
-    choices = []
+    found = [(rule, matching(rule)) for rule in rules if rule.key == "exclude" or not rule.simple]
+    excludes = [(rule, hits) for rule, hits in found if rule.key == "exclude"]
+    excluded = list(dict.fromkeys(name for _, hits in excludes for name in hits))
+    unknown = [rule.value for rule, hits in excludes if not hits]
+    unmatched = ["%s=%s" % rule[:2] for rule, hits in found if rule.key != "exclude" and not hits]
+    hidden, choices = set(excluded), []
     for kind in ("vdi-export", "vm-export"):
-        mine = [rule for rule in rules if rule.key == kind]
-        chosen = {rule.name: rule for rule in mine if rule.simple}
-        order = list(dict.fromkeys(rule.name for rule in mine if rule.simple))
-        by_name = set(chosen)
-        for rule in mine:
-            if not rule.simple:
-                found = matching(rule)
-                if not found:
-                    unmatched.append("%s=%s" % (rule.key, rule.value))
-                for name in found:
-                    if name not in by_name:
-                        if name not in chosen:
-                            order.append(name)
-                        chosen[name] = rule
-        for name in order:
+        chosen = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
+        by_regex = {name: rule for rule, hits in found if rule.key == kind for name in hits}
+        for name, rule in by_regex.items():
+            chosen.setdefault(name, rule)
+        for name, rule in chosen.items():
             if name not in hidden:
-                rule = chosen[name]
                 choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
         hidden.update(chosen)
     taken = {choice.name for choice in choices}
     left = sorted(name for name in names if name not in taken)
-    return Selection(choices, excluded, left, unknown_excludes, unmatched)
-
-
-REGEX_TIMEOUT = 20  # seconds that all regular expressions together may take
+    return Selection(choices, excluded, left, unknown, unmatched)
 
 
 @contextlib.contextmanager
@@ -515,11 +508,7 @@ def time_limit(seconds, message):
     def ring(_signum, _frame):
         raise ConfigError(message)
 
-    try:
-        before = signal.signal(signal.SIGALRM, ring)
-    except ValueError:  # not in the main thread: then there is no timer to be had
-        yield
-        return
+    before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -532,6 +521,12 @@ def time_limit(seconds, message):
 
 # A folder of a VM. created: seconds since 1970, or None if its name is in no known pattern.
 Folder = collections.namedtuple("Folder", "name created marker partial")
+EXPORT = re.compile(r".*\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
+OWN_FILES = re.compile(
+    r"([^/]*\.(xva|xva\.gz|xva\.zst|raw|vhd)(\.partial)?|vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
+    r"success|success_(restore|compress|compressing)|unfinished\.partial|"
+    r"DISK-[^/]*/(vbd|vdi)\.cfg|VIFs/vif-[^/]*\.cfg)\Z", re.DOTALL)
+OWN_FOLDERS = re.compile(r"(DISK-[^/]*|VIFs)\Z", re.DOTALL)
 
 
 def folder_name(name):
@@ -542,27 +537,35 @@ def folder_name(name):
     """
     escaped = re.sub(
         "[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
-        lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())),
-        name,
-    )
+        lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
     # A name that looks like a cut one is hashed too, or it could meet the longer one's folder.
     if len(data) > 200 or (len(data) > 190 and re.search(r"~[0-9a-f]{8}\Z", escaped)):
-        kept = data[:191].decode("utf-8", "ignore")
-        kept = re.sub("%.?\\Z", "", kept)
+        kept = re.sub("%.?\\Z", "", data[:191].decode("utf-8", "ignore"))
         return "%s~%s" % (kept, hashlib.sha256(utf8(name)).hexdigest()[:8])
     return escaped or "%"
+
+
+def backups(folders):
+    """The folders that are backups: with a marker and a known date, oldest first. Pure."""
+    good = [item for item in folders if item.marker and item.created is not None]
+    return sorted(good, key=lambda item: (item.created, item.name))
 
 
 def expired(folders, keep, newest=None):
     """Names of the backups beyond the `keep` newest, oldest first. Pure.
 
-    Only marked folders with a known date count; `newest` (the one just made) is the newest
-    whatever the clock says; of keep < 1 one stays all the same.
+    `newest` (the one just made) is the newest whatever the clock says; one always stays.
     """
-    good = [item for item in folders if item.marker and item.created is not None]
-    good.sort(key=lambda item: (item.name == newest, item.created, item.name))
+    good = sorted(backups(folders), key=lambda item: item.name == newest)
     return [item.name for item in good[: -max(keep, 1)]]
+
+
+def read_start(path, size):
+    """The first bytes of a file, none if there is no such file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(size)
+    return b""
 
 
 def list_folders(path, patterns):
@@ -578,45 +581,29 @@ def list_folders(path, patterns):
                 inside = os.listdir(entry.path)
                 marker = next((name for name in MARKERS if name in inside), None)
                 partial = not inside or any(name.endswith(".partial") for name in inside)
-                try:
+                with contextlib.suppress(OSError, OverflowError, ValueError, AttributeError):
                     created = moment.timestamp()
                     if marker:  # our marker tells the moment in UTC: right through DST and TZ
-                        with open(os.path.join(entry.path, marker), "rb") as file:
-                            told = re.match(rb"created=([0-9]{1,15})\n", file.read(64))
-                            created = float(told.group(1))
-                except (OSError, OverflowError, ValueError, AttributeError):
-                    pass
+                        start = read_start(os.path.join(entry.path, marker), 64)
+                        created = float(re.match(rb"created=([0-9]{1,15})\n", start).group(1))
             found.append(Folder(entry.name, created, marker, partial))
     return found
 
 
-EXPORT = re.compile(r".*\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
-OWN_FILES = re.compile(
-    r"([^/]*\.(xva|xva\.gz|xva\.zst|raw|vhd)(\.partial)?|vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
-    r"success|success_(restore|compress|compressing)|unfinished\.partial|"
-    r"DISK-[^/]*(/(vbd|vdi)\.cfg)?|VIFs(/vif-[^/]*\.cfg)?)\Z",
-    re.DOTALL,
-)
-
-
 def foreign_entry(folder):
     """The first thing in a backup's folder that no version of this program wrote, or None."""
-    for base, names, files in os.walk(folder, onerror=_raise):
+
+    def refuse(error):
+        raise error
+
+    for base, names, files in os.walk(folder, onerror=refuse):
         for name in sorted(names + files):
             path = os.path.join(base, name)
             inside = os.path.relpath(path, folder)
-            is_folder = re.match(r"(DISK-[^/]*|VIFs)\Z", inside) is not None
-            if (
-                not OWN_FILES.match(inside)
-                or os.path.islink(path)
-                or os.path.isdir(path) != is_folder
-            ):
+            pattern = OWN_FOLDERS if os.path.isdir(path) else OWN_FILES
+            if os.path.islink(path) or not pattern.match(inside):
                 return inside
     return None
-
-
-def _raise(error):
-    raise error
 
 
 def remove_folder(folder):
@@ -817,22 +804,15 @@ class XvaCheck(Checker):
         return [proved, "NOT %d chunk hashes (no libxxhash here)" % (self._chunks - self._hashed)]
 
 
-def parse_ova(data):
-    """The objects of an ova.xml, which is one XML-RPC value without a prolog."""
+def expected_disks(data):
+    """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold. It is
+    one XML-RPC value without a prolog."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
+    data, by_class = re.sub(rb"^\s*<\?xml[^>]*>", b"", data), collections.defaultdict(dict)
     try:
         value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
-        return list(value["objects"])
-    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
-        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
-
-
-def expected_disks(data):
-    """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold."""
-    by_class = collections.defaultdict(dict)
-    try:
-        for item in parse_ova(data):
+        for item in value["objects"]:
             by_class[item["class"]][item["id"]] = item["snapshot"]
         vdis = by_class["VDI"]
         wanted = [vm.get("suspend_VDI") for vm in by_class["VM"].values()]
@@ -841,8 +821,8 @@ def expected_disks(data):
             if vbd["type"] != "CD" and sr.get("content_type") != "iso":
                 wanted.append(vbd["VDI"])
         return {vdi: int(vdis[vdi]["virtual_size"]) for vdi in wanted if vdi in vdis}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArchiveError("ova.xml lacks what an export has: %s" % describe(error)) from None
+    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
+        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
 
 
 class RawCheck(Checker):
@@ -1033,6 +1013,21 @@ class ZstdFrameCheck(Checker):
         return ["zstd frame", "NOT the archive inside (no zstd command here)"]
 
 
+class DatabaseCheck(Checker):
+    """Proves a dump of the pool's database whole: it ends in </database> (pool_db_backup.ml)."""
+
+    def __init__(self):
+        self._tail = b""
+
+    def feed(self, data):
+        self._tail = (self._tail + bytes(data[-64:]))[-64:]
+
+    def finish(self):
+        if not self._tail.rstrip().endswith(b"</database>"):
+            raise ArchiveError("the dump does not end in </database>")
+        return ["</database>"]
+
+
 def make_checker(file_name, size=None):
     """The checker for an export by its file name; size: virtual_size in bytes of a single disk."""
     if file_name.endswith(".xva"):
@@ -1057,22 +1052,21 @@ LINGER = 600  # seconds that a stream may stay open and silent once its task has
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
 FAILURE_PAUSES = (0, 0.2, 0.8, 2)  # seconds until a task must have told why its stream failed
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
-DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a disk
 
 
 class Stop:
     """A request to stop by signal. It tears nothing apart: code looks at it where it can undo what
-    it has done, and streams that are being read end at once."""
+    it has done, and exports that are being read end at once."""
 
     def __init__(self):
         self.signum = None
-        self.streams = set()
+        self.exports = set()
 
     def handler(self, signum, _frame):
         """The signal handler: no locks in here, it may run between any two bytecodes."""
         self.signum = self.signum or signum
-        for stream in list(self.streams):
-            stream.abort()
+        for export in list(self.exports):
+            export.abort()
 
     def check(self):
         if self.signum:
@@ -1093,16 +1087,20 @@ class Endpoint:
     """
 
     def __init__(self, address, pins=None, ca=None, verify=True):
-        self.address, self.pins, self.ca = address, pins, ca
+        self.address, self.pins, self.ca, self.verify = address, pins, ca, verify
         self.checked = verify and bool(pins or ca or not is_loopback(address.host))
         self._context = None
 
     def __str__(self):
-        if self.address.scheme == "unix":
-            return self.address.host
-        host = "[%s]" % self.address.host if ":" in self.address.host else self.address.host
-        usual = {"https": 443, "http": 80}[self.address.scheme]
-        return host if self.address.port == usual else "%s:%d" % (host, self.address.port)
+        scheme, host, port = self.address
+        if scheme == "unix":
+            return host
+        host = "[%s]" % host if ":" in host else host
+        return host if port == {"https": 443, "http": 80}[scheme] else "%s:%d" % (host, port)
+
+    def at(self, address):
+        """The Endpoint of another address that has to prove itself in the same way."""
+        return Endpoint(address, self.pins, self.ca, self.verify)
 
     def open_socket(self, timeout):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
@@ -1132,20 +1130,19 @@ class Endpoint:
         return sock
 
     def _tls(self, sock):
-        if self._context is None:
-            self._context = self._make_context()
+        self._context = self._context or self._make_context()
         name = self.address.host if self._context.check_hostname else None
         try:
             tls = self._context.wrap_socket(sock, server_hostname=name)
         except (ssl.SSLError, ssl.CertificateError) as error:
             # In Python 3.6 CertificateError is a wrong name only, and no SSLError.
             if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise ConfigError(self._untrusted()) from None
+                raise BackupError(self._untrusted()) from None
             raise
         shown = hashlib.sha256(tls.getpeercert(True)).hexdigest()
         if self.checked and self.pins and shown not in self.pins:
             tls.close()
-            raise ConfigError(self._untrusted(shown))
+            raise BackupError(self._untrusted(shown))
         return tls
 
     def _make_context(self):
@@ -1155,10 +1152,10 @@ class Endpoint:
             context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
-            context.set_ciphers("DEFAULT:@SECLEVEL=1")
+            levels = ssl.OPENSSL_VERSION_INFO >= (1, 1)  # older ones know none and raise
+            context.set_ciphers("DEFAULT:@SECLEVEL=1" if levels else "DEFAULT")
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:
@@ -1174,13 +1171,11 @@ class Endpoint:
                     shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
             except OSError as error:
                 return "the certificate of %s is not trusted (%s)" % (self, describe(error))
-        shown = ":".join(shown[i : i + 2] for i in range(0, 64, 2)).upper()
-        return (
-            "the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it on"
-            " the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
-            " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
-            % (self, shown, shown)
-        )
+        shown = ":".join(re.findall("..", shown)).upper()
+        return ("the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it"
+                " on the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
+                " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
+                % (self, shown, shown))
 
 
 class Connection(http.client.HTTPConnection):
@@ -1222,9 +1217,8 @@ class Transport(xmlrpc.client.Transport):
 
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (
-    OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, xml.parsers.expat.ExpatError,
-)  # fmt: skip
+BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError,
+          xml.parsers.expat.ExpatError)  # fmt: skip
 
 
 def send(session, method, args):
@@ -1249,76 +1243,73 @@ class Xapi:
 
     def __init__(self, hosts, credentials, log):
         self._hosts, self._credentials, self._log = hosts, credentials, log
-        self._session = None
-        self.endpoint = None
+        self._session: Any = None
+        self.endpoint: Any = None
 
     def connect(self):
         """Logs in at the first host that answers, or at the master that it names.
 
         Raises ConfigError if the password is wrong, no host answers or none is trusted.
         """
-        import XenAPI
-
         # A session that a lost connection left behind is still counted by the host.
         old, self._session = self._session and self._session.handle, None
         reasons = []
         for endpoint in self._hosts:
-            for _hop in range(3):
-                transport = Transport(endpoint, CALL_TIMEOUT)
-                session = XenAPI.Session("http://xapi", transport=transport)
-                try:
-                    session.login_with_password(*self._credentials, "1.0", "vmbackup")
-                    self._session, self.endpoint = session, endpoint
-                    if old:
-                        with contextlib.suppress(Exception):
-                            session.session.logout(old)
-                    return
-                except XenAPI.Failure as failure:
-                    error = XapiError(failure.details)
-                    if error.code == "HOST_IS_SLAVE" and error.params:
-                        endpoint = self._master(endpoint, error.params[0])
-                        continue
-                    if error.code == "SESSION_AUTHENTICATION_FAILED":
-                        raise ConfigError(
-                            "ERROR - login failed at %s: wrong user name or password for %s (a"
-                            " password file has to exist to be read)"
-                            % (endpoint, self._credentials[0])
-                        ) from None
-                    reasons.append("%s: %s" % (endpoint, error))
-                except (BackupError, xmlrpc.client.Error) as error:
-                    reasons.append("%s: %s" % (endpoint, error))
-                except BROKEN as error:
-                    reasons.append("%s: %s" % (endpoint, describe(error)))
-                finally:
-                    if self._session is not session:
-                        transport.close()
-                break
+            try:
+                self._login(endpoint)
+            except ConfigError:
+                raise
+            except (BackupError, xmlrpc.client.Error) + BROKEN as error:
+                reasons.append("%s: %s" % (endpoint, describe(error)))
+                continue
+            if old:
+                with contextlib.suppress(Exception):
+                    self._session.session.logout(old)
+            return
         raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
+
+    def _login(self, endpoint, hops=3):
+        import XenAPI
+
+        transport = Transport(endpoint, CALL_TIMEOUT)
+        session = XenAPI.Session("http://xapi", transport=transport)
+        try:
+            session.login_with_password(*self._credentials, "1.0", "vmbackup")
+            self._session, self.endpoint = session, endpoint
+        except XenAPI.Failure as failure:
+            error = XapiError(failure.details)
+            if error.code == "HOST_IS_SLAVE" and error.params and hops:
+                self._login(self._master(endpoint, error.params[0]), hops - 1)
+            elif error.code == "SESSION_AUTHENTICATION_FAILED":
+                raise ConfigError("ERROR - login failed at %s: wrong user name or password for %s"
+                                  " (a password file has to exist to be read)"
+                                  % (endpoint, self._credentials[0])) from None
+            else:
+                raise error from None
+        finally:
+            if self._session is not session:
+                transport.close()
 
     def _master(self, slave, told):
         """The Endpoint of the master that a slave names: an address, as a rule without a port."""
         try:
             address = parse_host(told)
         except ValueError:
-            raise ConfigError("the host names %r as its master" % told) from None
+            raise BackupError("the host names %r as its master" % told) from None
         plain = slave.address.scheme == "http"
         if plain and is_loopback(address.host):
             address = address._replace(scheme="http")
         if address.port == 443 and plain == (address.scheme == "http"):
             address = address._replace(port=slave.address.port)
         self._log("%s is not the pool master, going on to %s" % (slave, told))
-        return Endpoint(address, slave.pins, slave.ca, self._verify)
-
-    @property
-    def _verify(self):
-        return all(host.checked or is_loopback(host.address.host) for host in self._hosts)
+        return slave.at(address)
 
     @property
     def handle(self):
         """The session reference; it changes when XenAPI logs in anew."""
         session = self._session
         if session is None:
-            raise ConnectionLost(ConfigError("not logged in"))
+            raise ConnectionLost(BackupError("not logged in"))
         return session.handle
 
     def call(self, method, *args):
@@ -1330,11 +1321,9 @@ class Xapi:
             self.connect()
         try:
             return send(self._session, method, args)
-        except ConnectionLost:
-            if ".get_" not in method:
-                raise
         except XapiError as error:
-            if error.code != "HOST_IS_SLAVE":
+            again = ".get_" in method and isinstance(error, ConnectionLost)
+            if not again and error.code != "HOST_IS_SLAVE":
                 raise
         self._log("lost the host, logging in again")
         try:
@@ -1368,30 +1357,18 @@ class Xapi:
 
     def records(self, kind, refs):
         """{ref: record} of the refs that exist, in one call where the host filters."""
-        refs = [ref for ref in dict.fromkeys(refs) if ref != NULL]
-        found = {}
-        if len(refs) > 1:
-            for start in range(0, len(refs), 1000):  # a request may have 300 KiB
-                clauses = ['field "_ref"="%s"' % ref for ref in refs[start : start + 1000]]
-                found.update(self.where(kind, " or ".join(clauses)) or {})
+        refs, found = [ref for ref in dict.fromkeys(refs) if ref != NULL], {}
+        for start in range(0, len(refs) if len(refs) > 1 else 0, 1000):
+            clauses = ['field "_ref"="%s"' % ref for ref in refs[start : start + 1000]]
+            found.update(self.where(kind, " or ".join(clauses)) or {})
         for ref in refs:
             if ref not in found:
                 try:
                     found[ref] = self.call(kind + ".get_record", ref)
-                except ConnectionLost:
-                    raise
                 except XapiError as error:
                     if error.code != "HANDLE_INVALID":
                         raise
         return {ref: found[ref] for ref in refs if ref in found}
-
-    def vbds(self, vms):
-        """{ref: record} of the VBDs of these VMs."""
-        expression = " or ".join('field "VM"="%s"' % ref for ref in vms)
-        found = self.where("VBD", expression)
-        if found is None:
-            found = self.call("VBD.get_all_records")
-        return {ref: vbd for ref, vbd in found.items() if vbd["VM"] in set(vms)}
 
     def run_task(self, stop, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
@@ -1399,7 +1376,12 @@ class Xapi:
         When a stop is asked for, the task is cancelled; if it ended well all the same its result
         is returned, so that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
-        task = self.call("Async." + method, *args)
+        try:
+            task = self.call("Async." + method, *args)
+        except XapiError as error:
+            if error.code != "MESSAGE_METHOD_UNKNOWN":
+                raise
+            return self.call(method, *args)
         deadline, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
         try:
             while True:
@@ -1437,7 +1419,7 @@ class Xapi:
                         pem = self.call("host.get_server_certificate", ref)
                         der = ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")
                         return Endpoint(address, [hashlib.sha256(der).hexdigest()])
-        return Endpoint(address, mine.pins, mine.ca, self._verify)
+        return mine.at(address)
 
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
@@ -1459,32 +1441,124 @@ class Xapi:
             session.transport.close()
 
 
-class Stream:
-    """The body of an HTTP GET: `status`, `headers`, then readinto() until it returns 0.
+class Watch(threading.Thread):
+    """Looks after the open exports: asks the host every SILENCE seconds how their tasks do, aborts
+    one whose host is gone, and tells `show(exports)` once a second how far they are."""
+
+    def __init__(self, stop, show):
+        super().__init__(name="watch", daemon=True)
+        self.stop, self._show, self._end = stop, show, threading.Event()
+
+    def run(self):
+        while not self._end.wait(1):
+            exports = list(self.stop.exports)
+            for export in exports:
+                if time.monotonic() - export.asked > SILENCE:
+                    export.asked = time.monotonic()
+                    self._ask(export)
+            self._show(exports)
+
+    def _ask(self, export):
+        pending = True
+        try:
+            record = export.xapi.ask("task.get_record", export.task)
+            export.progress, pending = float(record["progress"]), record["status"] == "pending"
+            export.answered = time.monotonic()
+        except ConnectionLost:
+            if export.asked - max(export.touched, export.answered) > DEAD_AFTER:
+                export.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
+        except BackupError:
+            pending, export.answered = False, time.monotonic()
+        if not pending and export.asked - export.touched > LINGER:
+            export.abort("the task has ended but the stream stays open and silent")
+
+    def end(self):
+        self._end.set()
+        if self.is_alive():
+            self.join()
+
+
+class Export:
+    """The body of an HTTP GET at XAPI with a task of its own, as a context manager: readinto()
+    until it returns 0, then verdict(). Left without a verdict, the task is cancelled.
 
     requests speaks HTTP, over a socket that the Endpoint opened and checked; nothing of the
     environment (proxies, netrc, CA bundles) has a say, and no redirect is followed by itself.
+    what: what is exported, for progress. size: bytes to expect.
     """
 
-    def __init__(self, endpoint, stop, what):
-        self._endpoint, self._stop, self._sock, self._response = endpoint, stop, None, None
-        self.what = what  # for progress: what is being streamed
-        self.received = 0
+    def __init__(self, xapi, stop, path, query, what, size=0, endpoint=None):
+        self.xapi, self.stop, self._path, self._query = xapi, stop, path, query
+        self._endpoint = endpoint or xapi.endpoint
+        self.what, self.size, self.received, self.progress = what, size, 0, 0.0
+        self.task = self._sock = self._response = self._body = self._ended = None
         self.touched = self.answered = self.asked = self.started = time.monotonic()
-        self.expected, self.progress = 0, 0.0
         self.reason = None  # why it was aborted
 
-    def open(self, path, query):
+    def __enter__(self):
+        """Opens it, following redirects to pool members; logs in anew once after 401.
+
+        Raises XapiError with the task's own reason where the host gives one.
+        """
+        self.stop.check()  # a task that nothing was begun with stays pending, even if destroyed
+        try:
+            self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
+            self.stop.exports.add(self)
+            self._open()
+            return self
+        except BaseException:
+            self._ended = True
+            self.__exit__()
+            raise
+
+    def _open(self):
+        endpoint, target, renewed, hops = self._endpoint, None, False, 0
+        while True:
+            self.stop.check()
+            full = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
+            try:
+                status, location = self._request(
+                    endpoint, target or self._path + "?" + urllib.parse.urlencode(full))
+            except BROKEN as error:
+                self.stop.check()
+                raise self.failure() or ConnectionLost(self.reason or error) from None
+            if status == 200:
+                return
+            page = self._error_page()
+            self._disconnect()
+            if status == 401 and not renewed:
+                renewed, target, endpoint = True, None, self.xapi.endpoint
+                self.xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
+                with contextlib.suppress(XapiError):
+                    self.xapi.call("task.destroy", self.task)
+                self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
+            elif status in (301, 302, 307, 308) and location and hops < 5:
+                hops += 1
+                url = urllib.parse.urlsplit(location)
+                try:
+                    endpoint = self.xapi.member(parse_host("%s://%s" % (url.scheme, url.netloc)))
+                except ValueError:
+                    raise XapiError(["REDIRECT", location.split("?")[0]], "not followed") from None
+                target = url.path + "?" + url.query
+            elif status == 302:
+                raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
+            else:
+                told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?", page, re.S)
+                details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
+                raise self.failure() or XapiError(details or ["HTTP_%d" % status],
+                                                  "the host answered %d" % status)
+
+    def _request(self, endpoint, target):
         """Sends the request and waits for the head, however long the host takes."""
         import requests
         import urllib3
 
-        outer = self
+        export = self
 
         class Direct(urllib3.connection.HTTPConnection):
             def connect(self):
-                self.sock = outer._sock = outer._endpoint.open_socket(None)
-                outer._stop.check()  # a signal before this line found no socket to shut down
+                self.sock = export._sock = endpoint.open_socket(None)
+                export.stop.check()  # a signal before this line found no socket to shut down
 
         class Adapter(requests.adapters.HTTPAdapter):
             def get_connection_with_tls_context(self, *_args, **_options):
@@ -1494,24 +1568,17 @@ class Stream:
 
             get_connection = get_connection_with_tls_context  # its name before requests 2.32
 
-        self._stop.streams.add(self)
-        self._stop.check()
         with requests.Session() as session:
             session.trust_env = False
             session.mount("http://", Adapter())
-            self._response = session.get(
-                "http://xapi" + path,
-                params=query,
-                stream=True,
-                allow_redirects=False,
-                headers={"Accept-Encoding": "identity", "User-Agent": Transport.user_agent},
-            )
+            headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
+            self._response = session.get("http://xapi" + target, headers=headers, stream=True,
+                                         allow_redirects=False)
         self.touched = time.monotonic()
-        self.status, self.headers = self._response.status_code, self._response.headers
         raw = self._response.raw
         # http.client's readinto fills the buffer without a copy; urllib3 1.26's own makes two.
         self._body = raw._fp if hasattr(getattr(raw, "_fp", None), "readinto") else raw
-        return self
+        return self._response.status_code, self._response.headers.get("Location", "")
 
     def readinto(self, view):
         try:
@@ -1522,8 +1589,7 @@ class Stream:
         self.touched = time.monotonic()
         return count
 
-    def text(self):
-        """The start of the body, for an error page."""
+    def _error_page(self):
         buffer = bytearray(16384)
         # requests has read and closed the body of a redirect by itself.
         with contextlib.suppress(OSError, BackupError):
@@ -1539,158 +1605,53 @@ class Stream:
             with contextlib.suppress(OSError):  # not SSLSocket's: that would go on in clear text
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def close(self):
-        self._stop.streams.discard(self)
+    def failure(self):
+        """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
+        task of an early failure may stay pending for ever, see xapi_http.ml)."""
+        with contextlib.suppress(XapiError):
+            for pause in FAILURE_PAUSES:
+                time.sleep(pause)
+                record = self.xapi.call("task.get_record", self.task)
+                if record["status"] in ("failure", "cancelled"):
+                    return XapiError(record["error_info"] or ["TASK_CANCELLED"])
+        return None
+
+    def verdict(self):
+        """Whether the task ended well: True, or False if it is gone (unknown). Raises XapiError
+        if it failed, was cancelled or does not end within a minute of the stream's end."""
+        deadline = time.monotonic() + TASK_ENDS
+        while True:
+            try:
+                record = self.xapi.call("task.get_record", self.task)
+            except XapiError as error:
+                if error.code != "HANDLE_INVALID":
+                    raise
+                self._ended = True
+                return False
+            if record["status"] in ("success", "failure", "cancelled"):
+                self._ended = True
+                if record["status"] == "success":
+                    return True
+                raise XapiError(record["error_info"] or ["TASK_CANCELLED"],
+                                "the export's task failed")
+            if time.monotonic() > deadline:
+                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
+            self.stop.check()
+            self.stop.sleep(0.3)
+
+    def _disconnect(self):
         if self._response is not None:
             self._response.close()
         if self._sock is not None:
             self._sock.close()
 
-
-class Watch(threading.Thread):
-    """Looks after the open streams: asks the host every SILENCE seconds how their tasks do, aborts
-    a stream whose host is gone, and tells `show(streams)` once a second how far they are."""
-
-    def __init__(self, show):
-        super().__init__(name="watch", daemon=True)
-        self._show, self._end = show, threading.Event()
-        self._watched = {}
-
-    @contextlib.contextmanager
-    def over(self, stream, xapi, task):
-        self._watched[stream] = (xapi, task)
-        try:
-            yield
-        finally:
-            self._watched.pop(stream, None)
-
-    def run(self):
-        while not self._end.wait(1):
-            watched = list(self._watched.items())
-            for stream, (xapi, task) in watched:
-                if time.monotonic() - stream.asked > SILENCE:
-                    stream.asked = time.monotonic()
-                    self._ask(stream, xapi, task)
-            self._show([stream for stream, _ in watched])
-
-    def _ask(self, stream, xapi, task):
-        pending = True
-        try:
-            record = xapi.ask("task.get_record", task)
-            stream.progress, pending = float(record["progress"]), record["status"] == "pending"
-            stream.answered = time.monotonic()
-        except ConnectionLost:
-            if stream.asked - max(stream.touched, stream.answered) > DEAD_AFTER:
-                stream.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
-        except BackupError:
-            pending, stream.answered = False, time.monotonic()
-        if not pending and stream.asked - stream.touched > LINGER:
-            stream.abort("the task has ended but the stream stays open and silent")
-
-    def end(self):
-        self._end.set()
-        if self.is_alive():
-            self.join()
-
-
-def open_export(xapi, stop, watch, path, query, what, endpoint=None):
-    """Opens an HTTP handler of XAPI with a task of its own: (Stream, task). The caller closes the
-    stream and destroys the task. Follows redirects to pool members and logs in anew once after 401.
-
-    Raises XapiError with the task's own reason where the host gives one.
-    """
-    endpoint, path_query, renewed, hops = endpoint or xapi.endpoint, None, False, 0
-    stop.check()  # a task that nothing was begun with stays pending, even if it is destroyed
-    task = xapi.call("task.create", "vmbackup: " + what, "")
-    stream = None
-    try:
-        while True:
-            stop.check()
-            if path_query is None:
-                full = dict(query, session_id=xapi.handle, task_id=task)
-            stream = Stream(endpoint, stop, what)
-            try:
-                with watch.over(stream, xapi, task):
-                    stream.open(*(path_query or (path, full)))
-            except BROKEN as error:
-                stop.check()
-                raise task_failure(xapi, task) or ConnectionLost(stream.reason or error) from None
-            if stream.status == 200:
-                return stream, task
-            text, location = stream.text(), stream.headers.get("Location", "")
-            stream.close()
-            if stream.status == 401 and not renewed:
-                renewed, path_query, endpoint = True, None, xapi.endpoint
-                xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
-                with contextlib.suppress(XapiError):
-                    xapi.call("task.destroy", task)
-                task = xapi.call("task.create", "vmbackup: " + what, "")
-            elif stream.status in (301, 302, 307, 308) and location and hops < 5:
-                hops += 1
-                url = urllib.parse.urlsplit(location)
-                try:
-                    endpoint = xapi.member(parse_host("%s://%s" % (url.scheme, url.netloc)))
-                except ValueError:
-                    raise XapiError(["REDIRECT", location.split("?")[0]], "not followed") from None
-                path_query = (url.path + "?" + url.query, None)
-            elif stream.status == 302:
-                raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
-            else:
-                failure = task_failure(xapi, task)
-                page = r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?"
-                told = re.search(page, text, re.DOTALL)
-                details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
-                raise failure or XapiError(
-                    details or ["HTTP_%d" % stream.status], "the host answered %d" % stream.status
-                )
-    except BaseException:
-        if stream is not None:
-            stream.close()
-        with contextlib.suppress(BackupError):
-            xapi.call("task.destroy", task)
-        raise
-
-
-def close_export(xapi, stream, task):
-    """Ends what open_export began; never raises."""
-    stream.close()
-    with contextlib.suppress(BackupError):
-        xapi.call("task.destroy", task)
-
-
-def task_failure(xapi, task):
-    """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
-    task of an early failure may stay pending for ever, see xapi_http.ml)."""
-    with contextlib.suppress(XapiError):
-        for pause in FAILURE_PAUSES:
-            time.sleep(pause)
-            record = xapi.call("task.get_record", task)
-            if record["status"] in ("failure", "cancelled"):
-                return XapiError(record["error_info"] or ["TASK_CANCELLED"])
-    return None
-
-
-def task_verdict(xapi, stop, task):
-    """Whether the export's task ended well: True, or None if the task is gone (unknown). Raises
-    XapiError if it failed, was cancelled or does not end within a minute of the stream's end."""
-    deadline = time.monotonic() + TASK_ENDS
-    while True:
-        try:
-            record = xapi.call("task.get_record", task)
-        except ConnectionLost:
-            raise
-        except XapiError as error:
-            if error.code == "HANDLE_INVALID":
-                return None
-            raise
-        if record["status"] == "success":
-            return True
-        if record["status"] in ("failure", "cancelled"):
-            raise XapiError(record["error_info"] or ["TASK_CANCELLED"], "the export's task failed")
-        if time.monotonic() > deadline:
-            raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
-        stop.check()
-        stop.sleep(0.3)
+    def __exit__(self, *_error):
+        self.stop.exports.discard(self)
+        self._disconnect()
+        for method in ("task.destroy",) if self._ended else ("task.cancel", "task.destroy"):
+            with contextlib.suppress(BackupError):
+                if self.task:
+                    self.xapi.call(method, self.task)
 
 
 # ============================== from stream to disk ==============================
@@ -1701,7 +1662,8 @@ SYNC_EVERY = 64 * MIB
 
 
 class FileWriter:
-    """Writes a new file of mode 0600 and keeps the host's page cache clean of it.
+    """Writes a new file of mode 0600 and keeps the host's page cache clean of it. A context
+    manager: finish() flushes the file to disk, leaving without it does not.
 
     Every 64 MiB a helper thread flushes what was written and drops it from the cache, so that at
     most two such windows are dirty: the file is not read again, dom0's memory is small, and the
@@ -1711,11 +1673,9 @@ class FileWriter:
     """
 
     def __init__(self, path):
-        self.path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         self._written = self._synced = 0
-        self._windows = queue.Queue(1)
-        self._error = None
+        self._windows, self._error = queue.Queue(1), None
         self._helper = threading.Thread(target=self._flush, daemon=True)
         self._helper.start()
 
@@ -1739,21 +1699,23 @@ class FileWriter:
                 except OSError as error:
                     self._error = error
 
-    def close(self, keep):
-        """Ends the file; with `keep` it is safely on disk afterwards, or OSError is raised."""
-        if self._fd is None:
-            return
+    def finish(self):
+        """Returns when all is safely on disk; raises OSError if it is not."""
         self._windows.put(None)
         self._helper.join()
-        fd, self._fd = self._fd, None
-        try:
-            if keep:
-                if self._error:
-                    raise self._error
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        if self._error:
+            raise self._error
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        if self._helper.is_alive():
+            self._windows.put(None)
+            self._helper.join()
+        os.close(self._fd)
 
 
 class Consumer(threading.Thread):
@@ -1809,14 +1771,45 @@ def pump(readinto, *takers):
             raise consumer.error
 
 
+# What came of an export: bytes, SHA-256 in hex, phrases of what was proved, task success or gone.
+Saved = collections.namedtuple("Saved", "size digest checks task_known")
+
+
+def save(export, path, checker):
+    """Streams an Export (entered here) into a new file, proved whole by the checker and the task,
+    and flushed to disk; returns Saved. Raises BackupError or OSError: then the file is no export.
+    """
+    digest = hashlib.sha256()
+    with contextlib.closing(checker), export, FileWriter(path) as writer:
+        try:
+            pump(export.readinto, writer.write, digest.update, checker.feed)
+            checks = checker.finish()
+        except (ArchiveError, ConnectionLost) as error:
+            export.stop.check()
+            told = None if export.reason else export.failure()
+            raise BackupError("the export is not whole: %s%s" % (
+                export.reason or error, "; the host says: %s" % told if told else "")) from None
+        export.stop.check()
+        known = export.verdict()
+        writer.finish()
+    checks = ["sha256"] + ["task"] * known + checks
+    return Saved(export.received, digest.hexdigest(), checks, known)
+
+
+def sync(fd):
+    """fsync, where there is one: not of folders on CIFS, nor of /dev/null."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
 def sync_folder(path):
     """Makes new names in a folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it (CIFS)
-            raise
+        sync(fd)
     finally:
         os.close(fd)
 
@@ -1827,26 +1820,24 @@ class Lock:
     at the end. supported is False where the file system has no locks."""
 
     def __init__(self, backup_dir, name):
-        path = os.path.join(backup_dir, native(".%s.lock" % name))
-        self._path, self.supported = path, True
+        self._path = path = os.path.join(backup_dir, native(".%s.lock" % name))
+        self.supported = True
         while True:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                    self.supported = False
+                    return
+                os.close(self._fd)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    os.close(self._fd)
                     raise LockedError("another run holds the lock of %s" % name) from None
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                    os.close(self._fd)
-                    raise
-                self.supported = False
-                return
-            try:  # the holder before may have removed the file between our open and our lock
+                raise
+            # The holder before may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._fd), os.stat(path)):
                     return
-            except FileNotFoundError:
-                pass
             os.close(self._fd)
 
     def __enter__(self):
@@ -1862,7 +1853,7 @@ class Lock:
 
 # A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
 Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a disk
 
 
 def list_disks(vbds, vdis):
@@ -1871,7 +1862,7 @@ def list_disks(vbds, vdis):
     for vbd in vbds:
         vdi = vdis.get(vbd["VDI"])
         if vbd["type"] == "Disk" and vdi:
-            label = vbd["device"] or vbd["userdevice"]
+            label = vbd.get("device") or vbd["userdevice"]
             found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
     return sorted(found, key=lambda disk: disk.vbd["userdevice"].zfill(4))
 
@@ -1880,7 +1871,7 @@ def first_disk(disks):
     """The disk that vdi-export takes: xvda, hda or sda, else userdevice 0 (a VM that never ran)."""
     for device in ("xvda", "hda", "sda"):
         for disk in disks:
-            if disk.vbd["device"] == device:
+            if disk.vbd.get("device") == device:
                 return disk
     return next((disk for disk in disks if disk.vbd["userdevice"] == "0"), None)
 
@@ -1893,12 +1884,19 @@ def export_file(settings, choice):
     return "%s.%s" % (folder_name(choice.name), suffix)
 
 
+def last_size(vm_dir, folders, file_name):
+    """Bytes of this file in the newest backup that has it, or None."""
+    for item in reversed(backups(folders)):
+        with contextlib.suppress(OSError):
+            return os.path.getsize(os.path.join(vm_dir, item.name, native(file_name)))
+    return None
+
+
 def expected_size(kind, settings, disks, last):
     """Bytes that a backup will probably need: a raw disk's virtual size, else the size of the last
     backup of the same form (`last`, or None), else what the disks occupy on their storage."""
     if kind == "vdi-export":
-        disk = first_disk(disks)
-        disks = [disk] if disk else []
+        disks = [disk for disk in [first_disk(disks)] if disk]
         if settings.vdi_export_format == "raw":
             return sum(int(disk.vdi["virtual_size"]) for disk in disks)
     if last is not None:
@@ -1906,48 +1904,39 @@ def expected_size(kind, settings, disks, last):
     total = 0
     for disk in disks:
         if not disk.left_out:
-            size, used = int(disk.vdi["virtual_size"]), int(disk.vdi["physical_utilisation"])
+            size, used = int(disk.vdi["virtual_size"]), int(disk.vdi.get("physical_utilisation", 0))
             total += min(size, used) if used > 0 else size
     return total
+
+
+def check_space(backup_dir, expected, reserved=0):
+    """Raises BackupError with both figures if `expected` bytes do not fit."""
+    free = shutil.disk_usage(backup_dir).free - reserved
+    if expected > free:
+        raise BackupError(
+            "not enough space in %s: %s to expect, %s free (delete something, lower max_backups, or"
+            " set pre_clean=True or space_check=False)"
+            % (backup_dir, size_text(expected), size_text(max(free, 0))))
 
 
 def is_ours(snapshot, source_ref, source, our_name):
     """Whether this program made a snapshot (of a VM or VDI): our exact name or our key.
 
-    other_config is copied with every snapshot, and comes back with a restored VM, so a key that
-    tells another snapshot's uuid, or that the source bears as well, was inherited and proves
-    nothing about this one.
+    other_config is copied with every snapshot, and comes back with a restored VM: a key that names
+    another snapshot (see key_of), or that the source bears as well, was inherited, no proof.
     """
     if not snapshot["is_a_snapshot"] or snapshot["snapshot_of"] != source_ref:
         return False
     tag = snapshot["other_config"].get(OUR_KEY)
-    if snapshot["name_label"] == our_name or tag == snapshot["uuid"]:
+    if snapshot["name_label"] == our_name or tag == key_of(snapshot):
         return True
-    inherited = tag == source["other_config"].get(OUR_KEY)
-    return tag is not None and not inherited and not UUID.match(tag)
+    inherited = tag == source["other_config"].get(OUR_KEY) or str(tag).startswith("snapshot=")
+    return tag is not None and not inherited
 
 
-def indent_xml(text):
-    """The same XML with a line for each element; text inside an element is not touched."""
-    lines, depth, previous = [], 0, ""
-    for token in re.findall("<[^>]*>|[^<]+", text):
-        if token.startswith("</"):
-            depth -= 1
-            inline = not previous.startswith("</") and not previous.endswith("/>")
-        elif token.startswith("<"):
-            inline = False
-        else:
-            inline = previous.startswith("<") and not previous.startswith("</")
-            if not inline or previous.endswith("/>"):
-                continue
-        if inline:
-            lines[-1] += token
-        else:
-            lines.append("  " * depth + token)
-        if token.startswith("<") and token[1] not in "/?!" and not token.endswith("/>"):
-            depth += 1
-        previous = token
-    return "\n".join(lines) + "\n"
+def key_of(snapshot):
+    """The value of OUR_KEY that marks just this snapshot."""
+    return "snapshot=%s" % snapshot["uuid"]
 
 
 class Outcome:
@@ -1957,13 +1946,24 @@ class Outcome:
         self.kind, self.name = kind, name
         self.uuid = self.folder = self.file = self.error = None
         self.status = "ERROR"  # upstream's word for the step that is under way
-        self.bytes, self.seconds = 0, 0.0
+        self.bytes, self.seconds, self.locked = 0, 0.0, False
         self.checks, self.warnings, self.pruned = [], [], []
-        self.locked = False
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Takes the time of what runs inside, and keeps its error instead of letting it out."""
+        begin = time.monotonic()
+        try:
+            yield
+        except LockedError as error:
+            self.error, self.locked, self.status = str(error), True, "ERROR locked"
+        except Exception as error:
+            self.error = reason_of(error)
+        self.seconds = time.monotonic() - begin
 
 
 class VmBackup:
-    """One VM's backup. `run` gives settings, log, stop, watch, patterns and the reserved space."""
+    """One VM's backup. `run` gives settings, log, stop, patterns and the reserved space."""
 
     def __init__(self, run, xapi, choice):
         self.run, self.xapi, self.choice = run, xapi, choice
@@ -1984,59 +1984,44 @@ class VmBackup:
         self.log("WARNING %s" % text)
 
     def back_up(self):
-        """Does it all and returns the Outcome; an error is in it, only programming errors of the
-        run itself get out."""
-        outcome, begin = self.outcome, time.monotonic()
-        try:
-            self._checklist()
-        except LockedError as error:
-            outcome.error, outcome.locked, outcome.status = str(error), True, "ERROR locked"
-        except BackupError as error:
-            outcome.error = str(error)
-        except OSError as error:
-            outcome.error = describe(error)
-        except Exception as error:
-            trace = error.__traceback__
-            while trace.tb_next:
-                trace = trace.tb_next
-            outcome.error = "internal error, please report it: %s at line %d: %s" % (
-                type(error).__name__, trace.tb_lineno, describe(error),
-            )  # fmt: skip
-        outcome.seconds = time.monotonic() - begin
-        return outcome
-
-    def _checklist(self):
-        if len(self.choice.refs) != 1:
-            self.outcome.status = "ERROR verify_vm_name"
-            several = "%d VMs bear this name: rename all but one"
-            raise BackupError(
-                several % len(self.choice.refs) if self.choice.refs else "no VM bears this name"
-            )
+        """Does it all and returns the Outcome; an error is in it."""
         keep = self.choice.keep or self.settings.max_backups
-        with Lock(self.settings.backup_dir, self.name) as lock:
-            if not lock.supported:
-                self.warn("this file system has no locks: never run two backups into it at once")
-            self._look_up_vm()
-            existing = self._make_vm_folder()
-            try:
-                self._remove_leftover_snapshots()
-                self._remove_unfinished(existing)
-                if self.settings.pre_clean:
-                    self._prune(max(keep - 1, 1))
-                expected = self._check_space(existing)
-                with self.run.reserve(self.choice.name, expected):
+        with self.outcome.recorded():
+            self._check_name()
+            with Lock(self.settings.backup_dir, self.name) as lock:
+                if not lock.supported:
+                    self.warn("this file system has no locks: never run two backups into it at"
+                              " once")
+                self._look_up_vm()
+                existing = self._make_vm_folder()
+                try:
+                    self._remove_leftover_snapshots()
+                    self._remove_unfinished(existing)
+                    if self.settings.pre_clean:
+                        self._prune(max(keep - 1, 1))
+                    expected = self._expected(existing)
+                    self.run.reserved[self.choice.name] = expected
                     self._make_folder()
                     if self.choice.kind == "vm-export":
                         self._export_vm(expected)
                     else:
                         self._export_vdi(expected)
-            except BaseException:
-                self._discard()
-                raise
-            if self.outcome.folder:
+                except BaseException:
+                    self._discard()
+                    raise
+                finally:
+                    self.run.reserved.pop(self.choice.name, None)
                 self._prune(keep, newest=os.path.basename(self.folder))
+        return self.outcome
 
     # --- before the snapshot ---
+
+    def _check_name(self):
+        several = len(self.choice.refs)
+        if several != 1:
+            self.outcome.status = "ERROR verify_vm_name"
+            raise BackupError("%d VMs bear this name: rename all but one" % several if several
+                              else "no VM bears this name")
 
     def _look_up_vm(self):
         self.vm_ref = self.choice.refs[0]
@@ -2049,13 +2034,15 @@ class VmBackup:
         self.outcome.uuid = self.vm["uuid"]
         if self.vm["name_label"] != self.choice.name:
             self.warn("the VM is now called %s" % self.vm["name_label"])
-        vbds = list(self.xapi.vbds([self.vm_ref]).values())
-        vdis = self.xapi.records("VDI", [vbd["VDI"] for vbd in vbds])
-        self.disks = list_disks(vbds, vdis)
+        self.disks = self._disks_of(self.vm)
         for disk in self.disks:
             if disk.left_out:
                 self.log("disk %s (%s) is left out" % (disk.label, disk.vdi["name_label"]))
         self.log("is %s, %d disks" % (self.vm["power_state"].lower(), len(self.disks)))
+
+    def _disks_of(self, vm):
+        vbds = self.xapi.records("VBD", vm["VBDs"]).values()
+        return list_disks(vbds, self.xapi.records("VDI", [vbd["VDI"] for vbd in vbds]))
 
     def _make_vm_folder(self):
         if os.path.islink(self.vm_dir):
@@ -2082,12 +2069,11 @@ class VmBackup:
 
     def _remove_unfinished(self, existing):
         for item in existing:
-            path = os.path.join(self.vm_dir, item.name)
             if item.created is None or not (item.marker or item.partial):
                 self.log("%s is no backup of this program: left alone" % item.name)
             elif not item.marker:
                 self.log("removing the unfinished backup %s" % item.name)
-                self._try_remove(path)
+                self._try_remove(os.path.join(self.vm_dir, item.name))
 
     def _try_remove(self, path):
         try:
@@ -2103,25 +2089,23 @@ class VmBackup:
             if self._try_remove(os.path.join(self.vm_dir, name)):
                 self.outcome.pruned.append(name)
 
-    def _check_space(self, existing):
+    def _expected(self, existing):
         last = last_size(self.vm_dir, existing, self.file_name)
         expected = expected_size(self.choice.kind, self.settings, self.disks, last)
         if self.settings.space_check:
             self.outcome.status = "ERROR space"
-            check_space(self.settings.backup_dir, expected, self.run.reserved())
+            check_space(self.settings.backup_dir, expected, sum(list(self.run.reserved.values())))
             self.outcome.status = "ERROR"
         return expected
 
     def _make_folder(self):
-        moment = datetime.datetime.now()
-        while True:
+        moment, folder = datetime.datetime.now(), None
+        while not folder:
             name = moment.strftime(self.settings.backup_dir_pattern)
-            folder = os.path.join(self.vm_dir, native(name))
-            try:
-                os.mkdir(folder, 0o700)
-                break
-            except FileExistsError:  # two runs in one second, or a clock that was set back
-                moment += datetime.timedelta(seconds=1)
+            with contextlib.suppress(FileExistsError):  # two in one second, or a clock set back
+                os.mkdir(os.path.join(self.vm_dir, native(name)), 0o700)
+                folder = os.path.join(self.vm_dir, native(name))
+            moment += datetime.timedelta(seconds=1)
         self.folder = folder
         self._write_file(UNFINISHED, "", listed=False)
         self.log("new backup folder %s" % self.folder)
@@ -2144,21 +2128,23 @@ class VmBackup:
             snapshot = self._snapshot_vm(left_out)
             self.stop.check()
             self.outcome.status = "TEMPLATE-PARAM-SET-FAIL"
-            record = self._prepare("VM", snapshot)
+            record = self._mark("VM", snapshot)
             if record["is_a_template"]:  # or an import of the XVA would give a template
                 self.xapi.call("VM.set_is_a_template", snapshot, False)
-            if record["ha_restart_priority"]:
+            if record.get("ha_restart_priority"):
                 self.xapi.call("VM.set_ha_restart_priority", snapshot, "")
             self.outcome.status = "VM-EXPORT-FAIL"
-            disks = self._metadata(snapshot, record)
+            disks = self._disks_of(record)
+            self._metadata(record, [disk for disk in disks if not disk.left_out])
             for disk in disks:
                 if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
-                    self._destroy("VDI", disk.ref, disk.vdi["snapshot_of"])
+                    if not disk.vdi["is_a_snapshot"]:
+                        raise BackupError("disk %s cannot be left out on this host" % disk.label)
+                    self._insist("VDI.destroy", disk.ref)
             query = {"ref": snapshot}
             if self.settings.compress != "False":
                 query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
-            checker = make_checker(self.file_name)
-            self._stream("/export", query, checker, expected)
+            self._stream("/export", query, make_checker(self.file_name), expected)
         finally:
             if snapshot:
                 self._destroy("VM", snapshot, self.vm_ref)
@@ -2197,12 +2183,12 @@ class VmBackup:
         try:
             snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
             self.outcome.status = "VDI-PARAM-SET-FAIL"
-            record = self._prepare("VDI", snapshot)
+            record = self._mark("VDI", snapshot)
             self.stop.check()
             self.xapi.call("VDI.set_name_label", snapshot, self._vdi_snapshot_name(disk))
             self.log("snapshot %s taken" % self._vdi_snapshot_name(disk))
             self.outcome.status = "VDI-EXPORT-FAIL"
-            self._metadata(self.vm_ref, self.vm)
+            self._metadata(self.vm, self.disks)
             query = {"vdi": snapshot, "format": self.settings.vdi_export_format}
             checker = make_checker(self.file_name, int(record["virtual_size"]))
             self._stream("/export_raw_vdi", query, checker, expected)
@@ -2210,12 +2196,12 @@ class VmBackup:
             if snapshot:
                 self._destroy("VDI", snapshot, disk.ref)
 
-    def _prepare(self, kind, snapshot):
-        """Marks a new snapshot as ours, by its own uuid; returns its record."""
+    def _mark(self, kind, snapshot):
+        """Marks a new snapshot as ours; returns its record."""
         record = self.xapi.call(kind + ".get_record", snapshot)
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
             self.xapi.call(kind + ".remove_from_other_config", snapshot, OUR_KEY)
-        self.xapi.call(kind + ".add_to_other_config", snapshot, OUR_KEY, record["uuid"])
+        self.xapi.call(kind + ".add_to_other_config", snapshot, OUR_KEY, key_of(record))
         return record
 
     def _destroy(self, kind, ref, source):
@@ -2226,18 +2212,18 @@ class VmBackup:
             if not record["is_a_snapshot"] or record["snapshot_of"] != source:
                 raise BackupError("it is not a snapshot of this VM: left alone")
             if kind == "VM":
-                vbds = self.xapi.vbds([ref]).values()
+                vbds = self.xapi.records("VBD", record["VBDs"]).values()
                 vdis = [vbd["VDI"] for vbd in vbds if vbd["type"] == "Disk"]
-                vdis.append(record["suspend_VDI"])
+                vdis.append(record.get("suspend_VDI", NULL))
                 for vdi_ref, vdi in self.xapi.records("VDI", vdis).items():
                     if vdi["is_a_snapshot"]:
                         self._insist("VDI.destroy", vdi_ref)
             self._insist(kind + ".destroy", ref)
             self.log("snapshot destroyed")
-        except BackupError as error:
+        except Exception as error:
             if getattr(error, "code", "") != "HANDLE_INVALID":
                 self.warn("the snapshot %s could not be destroyed, the next run tries again: %s"
-                          % (ref, error))  # fmt: skip
+                          % (ref, reason_of(error)))
 
     def _insist(self, method, ref):
         """Destroys again while the host still holds the disk: the export's task ends before dom0
@@ -2256,57 +2242,29 @@ class VmBackup:
 
     def _stream(self, path, query, checker, expected):
         """Streams into NAME.xva.partial, checks while it comes, asks the task, publishes."""
-        name = self.file_name
-        partial = os.path.join(self.folder, native(name + ".partial"))
+        partial = os.path.join(self.folder, native(self.file_name + ".partial"))
         self.log("%s begins, about %s to expect" % (self.choice.kind, size_text(expected)))
-        stream, task = open_export(
-            self.xapi, self.stop, self.run.watch, path, query, self.choice.name
-        )
-        stream.expected = expected
-        digest, verdict, writer = hashlib.sha256(), False, None
-        try:
-            writer = FileWriter(partial)
-            try:
-                with self.run.watch.over(stream, self.xapi, task):
-                    pump(stream.readinto, writer.write, digest.update, checker.feed)
-                checks = checker.finish()
-            except (ArchiveError, ConnectionLost) as error:
-                self.stop.check()
-                told = None if stream.reason else task_failure(self.xapi, task)
-                raise BackupError(
-                    "the export is not whole: %s%s"
-                    % (stream.reason or error, "; the host says: %s" % told if told else "")
-                ) from None
-            self.stop.check()
-            verdict = task_verdict(self.xapi, self.stop, task)
-            if verdict is None:
-                self.warn("the host lost the task: only the check of the archive vouches for it")
-            writer.close(keep=True)
-        finally:
-            checker.close()
-            if writer:
-                writer.close(keep=False)
-            if verdict is False:
-                with contextlib.suppress(BackupError):
-                    self.xapi.call("task.cancel", task)
-            close_export(self.xapi, stream, task)
-        self.log("export proved whole: %s" % ", ".join(["HTTP 200", "task"] + checks))
-        self.outcome.checks = ["sha256", "task"] + checks if verdict else ["sha256"] + checks
-        self.outcome.bytes, self.outcome.file = stream.received, name
-        self._publish(partial, name, digest.hexdigest())
+        export = Export(self.xapi, self.stop, path, query, self.choice.name, expected)
+        saved = save(export, partial, checker)
+        if not saved.task_known:
+            self.warn("the host lost the task: only the check of the archive vouches for it")
+        self.log("export proved whole: HTTP 200, %s" % ", ".join(saved.checks))
+        outcome = self.outcome
+        outcome.checks, outcome.bytes, outcome.file = saved.checks, saved.size, self.file_name
+        self._publish(partial, saved.digest)
 
-    def _publish(self, partial, name, digest):
+    def _publish(self, partial, digest):
         """Turns a proved export into a backup. The marker is renamed into place last of all."""
-        os.rename(partial, os.path.join(self.folder, native(name)))
+        os.rename(partial, os.path.join(self.folder, native(self.file_name)))
         lines = []
-        for file, value in [(name, digest)] + self.sums:
+        for file, value in [(self.file_name, digest)] + self.sums:
             escaped = file.replace("\\", "\\\\")  # as sha256sum does
             lines.append("%s%s  %s\n" % ("\\" if escaped != file else "", value, escaped))
         self._write_file("SHA256SUMS", "".join(lines), listed=False)
         for base, _folders, _files in os.walk(self.folder):
             sync_folder(base)
-        existing = list_folders(self.vm_dir, self.run.patterns)
-        newest = max([item.created for item in existing if item.marker and item.created] or [0])
+        existing = backups(list_folders(self.vm_dir, self.run.patterns))
+        newest = existing[-1].created if existing else 0
         created = max(int(time.time()), int(newest) + 1)  # rises even if the clock was set back
         unfinished = os.path.join(self.folder, UNFINISHED)
         with open(unfinished, "w", encoding="ascii") as file:
@@ -2317,7 +2275,7 @@ class VmBackup:
         self.outcome.folder = self.folder
         for path in (self.folder, self.vm_dir, self.settings.backup_dir):
             sync_folder(path)
-        self.log("*** success: %s : %s" % (name, size_text(self.outcome.bytes)))
+        self.log("*** success: %s : %s" % (self.file_name, size_text(self.outcome.bytes)))
 
     # --- metadata ---
 
@@ -2332,295 +2290,85 @@ class VmBackup:
         if listed:
             self.sums.append((name, hashlib.sha256(data).hexdigest()))
 
-    def _write_cfg(self, name, pairs):
-        def line(value):
-            value = str(value).replace("\\", "\\\\").replace("\r", "\\r")
-            return value.replace("\n", "\\n")
+    def _write_cfg(self, name, record, keys, more):
+        """A .cfg file: these keys of an API record, in this order, then `more` pairs."""
+        lines = []
+        for key, value in [(key, record.get(key, "")) for key in keys] + more:
+            value = str(value).replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+            lines.append("%s=%s\n" % (key, value))
+        self._write_file(name, "".join(lines))
 
-        self._write_file(name, "".join("%s=%s\n" % (key, line(value)) for key, value in pairs))
+    def _make_subfolder(self, name):
+        os.mkdir(os.path.join(self.folder, native(name)), 0o700)
+        return name
 
-    def _metadata(self, vm_ref, vm):
-        """Writes vm-metadata.xml and the .cfg files: values of `vm` (the snapshot's record, or the
-        VM's own for vdi-export), uuids of the originals. Returns the Disks of `vm`."""
+    def _metadata(self, vm, disks):
+        """Writes vm-metadata.xml and the .cfg files: values of `vm` and `disks` (the snapshot's,
+        or the VM's own for vdi-export), uuids of the originals."""
         try:
-            self._write_file("vm-metadata.xml", indent_xml(self._fetch_ova()))
+            self._write_file("vm-metadata.xml", self._fetch_ova())
         except BackupError as error:
             self.stop.check()
             self.warn("no vm-metadata.xml: %s" % error)
-        xapi = self.xapi
-        vbds = list(xapi.vbds([vm_ref]).values())
-        vdis = xapi.records("VDI", [vbd["VDI"] for vbd in vbds])
-        disks = list_disks(vbds, vdis)
-        guests = (vm["guest_metrics"], self.vm["guest_metrics"])
-        guest = next(iter(xapi.records("VM_guest_metrics", guests).values()), {})
+        guests = (vm.get("guest_metrics", NULL), self.vm.get("guest_metrics", NULL))
+        guest = next(iter(self.xapi.records("VM_guest_metrics", guests).values()), {})
         os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
         left_out = ["%s: %s" % (d.label, d.vdi["name_label"]) for d in self.disks if d.left_out]
-        keys = ["name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"]
-        self._write_cfg(
-            "vm.cfg",
-            [("name_label", self.choice.name)]
-            + [(key, vm[key]) for key in keys]
-            + [
-                ("base_template_name", vm["other_config"].get("base_template_name", "")),
-                ("os_version", os_version),
-                ("orig_uuid", self.vm["uuid"]),
-            ]
-            + ([("disks_left_out", ", ".join(left_out))] if left_out else []),
-        )
+        own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
+               ("os_version", os_version), ("orig_uuid", self.vm["uuid"])]
+        own += [("disks_left_out", ", ".join(left_out))] if left_out else []
+        keys = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max",
+                "VCPUs_at_startup")
+        self._write_cfg("vm.cfg", dict(vm, name_label=self.choice.name), keys, own)
         originals = {disk.vbd["userdevice"]: disk for disk in self.disks}
-        srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
+        srs = self.xapi.records("SR", [disk.vdi["SR"] for disk in disks])
         for disk in disks:
-            if disk.left_out and self.choice.kind == "vm-export":
-                continue
             original = originals.get(disk.vbd["userdevice"], disk)
-            folder = folder_name("DISK-" + disk.label)
-            os.mkdir(os.path.join(self.folder, native(folder)), 0o700)
+            folder = self._make_subfolder(folder_name("DISK-" + disk.label))
             unpluggable = original.vbd.get("unpluggable", "")
-            self._write_cfg(
-                folder + "/vbd.cfg",
-                [(key, disk.vbd[key]) for key in ("userdevice", "bootable", "mode", "type")]
-                + [("unplugable", unpluggable), ("unpluggable", unpluggable)]
-                + [("empty", disk.vbd["empty"]), ("orig_uuid", original.vbd["uuid"])],
-            )
-            keys = ["name_label", "name_description", "virtual_size", "type", "sharable"]
-            self._write_cfg(
-                folder + "/vdi.cfg",
-                [(key, disk.vdi[key]) for key in keys + ["read_only"]]
-                + [("orig_uuid", original.vdi["uuid"])]
-                + [("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))],
-            )
-        self._write_vifs(xapi.records("VIF", vm["VIFs"]), xapi.records("VIF", self.vm["VIFs"]))
-        return disks
-
-    def _write_vifs(self, vifs, originals):
-        uuids = {vif["device"]: vif["uuid"] for vif in originals.values()}
-        networks = self.xapi.records("network", [vif["network"] for vif in vifs.values()])
+            more = [("unplugable", unpluggable), ("unpluggable", unpluggable),
+                    ("empty", disk.vbd.get("empty", "")), ("orig_uuid", original.vbd["uuid"])]
+            self._write_cfg(folder + "/vbd.cfg", disk.vbd,
+                            ("userdevice", "bootable", "mode", "type"), more)
+            more = [("orig_uuid", original.vdi["uuid"]),
+                    ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))]
+            self._write_cfg(folder + "/vdi.cfg", disk.vdi, (
+                "name_label", "name_description", "virtual_size", "type", "sharable", "read_only",
+            ), more)
+        vifs = self.xapi.records("VIF", vm["VIFs"]).values()
+        uuids = {vif["device"]: vif["uuid"]
+                 for vif in self.xapi.records("VIF", self.vm["VIFs"]).values()}
+        networks = self.xapi.records("network", [vif["network"] for vif in vifs])
         if vifs:
-            os.mkdir(os.path.join(self.folder, "VIFs"), 0o700)
-        for vif in vifs.values():
+            self._make_subfolder("VIFs")
+        for vif in vifs:
             name = networks.get(vif["network"], {}).get("name_label", "")
             self._write_cfg(
                 "VIFs/%s.cfg" % folder_name("vif-" + vif["device"]),
-                [("device", vif["device"]), ("network_name_label", name)]
-                + [(key, vif[key]) for key in ("MTU", "MAC", "other_config")]
-                + [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))],
-            )
+                dict(vif, network_name_label=name),
+                ("device", "network_name_label", "MTU", "MAC", "other_config"),
+                [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
 
     def _fetch_ova(self):
-        """The ova.xml of the VM's /export_metadata, as text."""
-        query = {"ref": self.vm_ref, "export_snapshots": "false"}
-        stream, task = open_export(
-            self.xapi, self.stop, self.run.watch, "/export_metadata", query, "metadata"
-        )
-        data = bytearray()
+        """The ova.xml of the VM's /export_metadata, indented."""
+        import tarfile
+        from xml.dom import minidom
+
+        query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
+        with Export(self.xapi, self.stop, "/export_metadata", query, "metadata") as export:
+            pump(export.readinto, data.extend)
+            export.verdict()
+        if len(data) % 512 or not data.endswith(bytes(1024)):
+            raise BackupError("/export_metadata was cut off")
         try:
-            with self.run.watch.over(stream, self.xapi, task):
-                pump(stream.readinto, data.extend)
-            block, size = bytes(data[:512]), int(bytes(data[124:135]).strip(b" \0") or b"0", 8)
-            whole = block[:8] == b"ova.xml\0" and len(data) >= 512 + size + -size % 512 + 1024
-            if not whole or bytes(data[512 + size :]).strip(b"\0"):
-                raise BackupError("/export_metadata was cut off")
-            task_verdict(self.xapi, self.stop, task)
-            return bytes(data[512 : 512 + size]).decode("utf-8", "replace")
-        except ValueError:
-            raise BackupError("/export_metadata gave no archive") from None
-        finally:
-            close_export(self.xapi, stream, task)
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                file: Any = archive.extractfile("ova.xml")
+                return minidom.parseString(file.read()).toprettyxml("  ")  # noqa: S318
+        except (tarfile.TarError, KeyError, xml.parsers.expat.ExpatError) as error:
+            raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
 
 
-def last_size(vm_dir, folders, file_name):
-    """Bytes of this file in the newest backup that has it, or None."""
-    for item in sorted(folders, key=lambda item: -(item.created or 0)):
-        if item.marker and item.created is not None:
-            with contextlib.suppress(OSError):
-                return os.path.getsize(os.path.join(vm_dir, item.name, native(file_name)))
-    return None
-
-
-def check_space(backup_dir, expected, reserved=0):
-    """Raises BackupError with both figures if `expected` bytes do not fit."""
-    free = shutil.disk_usage(backup_dir).free - reserved
-    if expected > free:
-        raise BackupError(
-            "not enough space in %s: %s to expect, %s free (delete something, lower max_backups, or"
-            " set pre_clean=True or space_check=False)"
-            % (backup_dir, size_text(expected), size_text(max(free, 0)))
-        )
-
-
-# ============================== the run ==============================
-
-
-class Run:
-    """What the VMs of one run share, and the run itself.
-
-    log: function(text). status: function(program, *texts), the status log. new_xapi: makes another
-    Xapi, for a thread of its own.
-    """
-
-    def __init__(self, settings, xapi, new_xapi, log, status, stop, watch):
-        self.settings, self.xapi, self.new_xapi = settings, xapi, new_xapi
-        self.log, self.status, self.stop, self.watch = log, status, stop, watch
-        self.patterns = list(dict.fromkeys([settings.backup_dir_pattern, DEFAULT_PATTERN]))
-        self.outcomes = []
-        self._reserved = {}
-
-    @contextlib.contextmanager
-    def reserve(self, name, size):
-        """Counts `size` bytes as taken while a VM is exported, for those that run beside it."""
-        self._reserved[name] = size
-        try:
-            yield
-        finally:
-            del self._reserved[name]
-
-    def reserved(self):
-        return sum(list(self._reserved.values()))
-
-    def back_up(self, choices):
-        """Backs up the pool database if asked, then the VMs; outcomes in the order of choices."""
-        self.status("vmbackup.py", "begin")
-        self.log("Space before backups: %s" % self._space())
-        if self.settings.pool_db_backup:
-            self.outcomes.append(back_up_pool_db(self))
-        for outcome in self._outcomes(choices):
-            self.outcomes.append(outcome)
-            self._report(outcome)
-        self.log("Space after backups: %s" % self._space())
-
-    def _outcomes(self, choices):
-        def work(choice):
-            if self.stop.signum:
-                return None
-            self.status(choice.kind, "begin", choice.name)
-            xapi = idle.pop()
-            try:
-                return VmBackup(self, xapi, choice).back_up()
-            finally:
-                idle.append(xapi)
-
-        from concurrent.futures import ThreadPoolExecutor, wait
-
-        idle = [self.new_xapi() for _ in range(self.settings.parallel - 1)] + [self.xapi]
-        try:
-            with ThreadPoolExecutor(len(idle)) as pool:
-                for future in [pool.submit(work, choice) for choice in choices]:
-                    # Only this thread handles signals, and blocked for long it may sleep past one.
-                    while not future.done():
-                        wait([future], timeout=0.2)
-                    if future.result():
-                        yield future.result()
-        finally:
-            for xapi in idle:
-                if xapi is not self.xapi:
-                    xapi.close()
-
-    def _report(self, outcome):
-        line = "VmBackup %s %s - " % (outcome.kind, outcome.name)
-        if outcome.error:
-            self.log("%s***ERROR*** %s" % (line, outcome.error))
-            end = "%s %s" % (outcome.status, outcome.name)
-        else:
-            word, minutes = "WARNING" if outcome.warnings else "Success", int(outcome.seconds // 60)
-            self.log("%s***%s*** t:%d" % (line, word, minutes))
-            size = outcome.bytes // (1 << 30)
-            end = "%s %s,elapse:%d size:%dG" % (word.upper(), outcome.name, minutes, size)
-        self.status(outcome.kind, "end", end)
-
-    def _space(self):
-        path = self.settings.backup_dir
-        try:
-            figures = tuple(map(size_text, shutil.disk_usage(path)))
-        except OSError as error:
-            return describe(error)
-        return "%s total %s, used %s, free %s" % ((path,) + figures)
-
-    def counts(self):
-        """(S, W, E): E counts the pool database too."""
-        failed = [item for item in self.outcomes if item.error]
-        vms = [item for item in self.outcomes if not item.error and item.kind != "pool-db"]
-        warned = [item for item in vms if item.warnings]
-        return len(vms) - len(warned), len(warned), len(failed)
-
-    def exit_status(self):
-        """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked."""
-        if any(item.error for item in self.outcomes):
-            return 4 if all(item.locked for item in self.outcomes) else 2
-        return 1 if self.settings.warnings or any(item.warnings for item in self.outcomes) else 0
-
-
-POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
-
-
-def back_up_pool_db(run):
-    """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
-    max_backups newest. It is whole only if it ends in </database>. Returns the Outcome."""
-    outcome, begin = Outcome("pool-db", "METADATA_" + short_host_name()), time.monotonic()
-    folder = os.path.join(run.settings.backup_dir, native(folder_name(outcome.name)))
-    try:
-        with Lock(run.settings.backup_dir, folder_name(outcome.name)):
-            if os.path.islink(folder):
-                raise BackupError("%s is a symbolic link: refused" % folder)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-            moment, name = datetime.datetime.now(), ""
-            while not name or os.path.lexists(os.path.join(folder, name)):
-                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
-                moment += datetime.timedelta(seconds=1)
-            dumps = [item for item in sorted(os.listdir(folder)) if POOL_DUMP.match(item)]
-            for item in dumps:
-                if item.endswith(".partial"):
-                    os.unlink(os.path.join(folder, item))
-            outcome.bytes = _dump_pool_db(run, os.path.join(folder, name))
-            outcome.folder, outcome.file, outcome.checks = folder, name, ["</database>", "task"]
-            run.log("pool database saved: %s, %s" % (name, size_text(outcome.bytes)))
-            dumps = [item for item in dumps if item.endswith(".dump")]
-            for item in dumps[: max(len(dumps) + 1 - run.settings.max_backups, 0)]:
-                os.unlink(os.path.join(folder, item))
-                outcome.pruned.append(item)
-    except (OSError, BackupError) as error:
-        outcome.error, outcome.locked = describe(error), isinstance(error, LockedError)
-        run.log("***ERROR - pool database backup failed: %s" % outcome.error)
-    outcome.seconds = time.monotonic() - begin
-    return outcome
-
-
-def _dump_pool_db(run, path):
-    xapi, tail = run.xapi, bytearray()
-
-    def keep_tail(view):
-        tail.extend(view[-64:])
-        del tail[:-64]
-
-    stream, task = open_export(
-        xapi, run.stop, run.watch, "/pool/xmldbdump", {}, "Dump of the database", xapi.master()
-    )
-    writer = None
-    try:
-        writer = FileWriter(path + ".partial")
-        with run.watch.over(stream, xapi, task):
-            pump(stream.readinto, writer.write, keep_tail)
-        run.stop.check()
-        if not bytes(tail).rstrip().endswith(b"</database>"):
-            raise task_failure(xapi, task) or BackupError("the dump does not end in </database>")
-        task_verdict(xapi, run.stop, task)
-        writer.close(keep=True)
-        os.rename(path + ".partial", path)
-        sync_folder(os.path.dirname(path))
-        return stream.received
-    finally:
-        if writer:
-            writer.close(keep=False)
-            with contextlib.suppress(OSError):
-                os.unlink(path + ".partial")
-        close_export(xapi, stream, task)
-
-
-def short_host_name():
-    return socket.gethostname().split(".")[0]
-
-
-# ============================== preview ==============================
+# ============================== what is chosen, and preview ==============================
 
 
 def candidates(xapi):
@@ -2628,9 +2376,9 @@ def candidates(xapi):
     one call however many there are; the host filters where it can."""
     flags = ("is_a_template", "is_a_snapshot", "is_control_domain")
     records = xapi.where("VM", " and ".join('field "%s"="false"' % flag for flag in flags))
-    if records is None:
+    if not records:  # no such filter on this host, or really no VM
         records = xapi.call("VM.get_all_records")
-    return {ref: vm for ref, vm in records.items() if not any(vm[flag] for flag in flags)}
+    return {ref: vm for ref, vm in records.items() if not any(vm.get(flag) for flag in flags)}
 
 
 def choose(settings, vms, log):
@@ -2643,9 +2391,9 @@ def choose(settings, vms, log):
                     " takes too long: nested repetitions like (a+)+ need exponential time"):
         selection = select(settings.rules, names)
     log("VmBackup.py running with these settings:")
-    for key in ("backup_dir", "status_log", "compress", "max_backups", "vdi_export_format"):
+    for key in ("backup_dir", "status_log", "compress", "max_backups", "vdi_export_format",
+                "pool_db_backup"):
         log("  %-17s = %s" % (key, getattr(settings, key)))
-    log("  pool_db_backup    = %d" % settings.pool_db_backup)
     lists = {"exclude": selection.excluded + selection.unknown_excludes}
     for kind in ("vdi-export", "vm-export"):
         chosen = [choice for choice in selection.choices if choice.kind == kind]
@@ -2679,9 +2427,10 @@ def preview_vms(settings, xapi, vms, selection, log):
     if not chosen:
         return 0
     refs = [choice.refs[0] for choice in chosen]
-    few = len(refs) <= 50
-    vbds = collections.defaultdict(list)
-    for vbd in (xapi.vbds(refs) if few else xapi.call("VBD.get_all_records")).values():
+    few, vbds = len(refs) <= 50, collections.defaultdict(list)
+    wanted = [vbd for ref in refs for vbd in vms[ref]["VBDs"]]
+    found = xapi.records("VBD", wanted) if few else xapi.call("VBD.get_all_records")
+    for vbd in found.values():
         vbds[vbd["VM"]].append(vbd)
     used = [vbd["VDI"] for ref in refs for vbd in vbds[ref]]
     vdis = xapi.records("VDI", used) if few else xapi.call("VDI.get_all_records")
@@ -2689,18 +2438,16 @@ def preview_vms(settings, xapi, vms, selection, log):
     plugged = {pbd["SR"] for pbd in pbds if pbd["currently_attached"]}
     bad = total = 0
     for choice, ref in zip(chosen, refs):
-        disks = list_disks(vbds[ref], vdis)
         for vbd in vbds[ref]:
             vdi = vdis.get(vbd["VDI"])
             if vbd["type"] == "CD" and vdi and vdi["SR"] not in plugged:
                 settings.warnings.append(
                     "***WARNING - %s: the ISO %s in its drive is on a storage repository that is"
                     " not attached, so the export will fail: xe vm-cd-eject"
-                    % (choice.name, vdi["name_label"])
-                )
+                    % (choice.name, vdi["name_label"]))
                 log(settings.warnings[-1])
         try:
-            total += _preview_vm(settings, choice, vms[ref], disks, log)
+            total += _preview_vm(settings, choice, vms[ref], list_disks(vbds[ref], vdis), log)
         except (OSError, BackupError) as error:
             log("***ERROR - %s: %s" % (choice.name, describe(error)))
             bad += 1
@@ -2715,9 +2462,7 @@ def _preview_vm(settings, choice, vm, disks, log):
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
     folders = list_folders(vm_dir, patterns) if os.path.isdir(vm_dir) else []
     keep = choice.keep or settings.max_backups
-    made = Folder("the new one", float("inf"), "success", False)
-    doomed = expired(folders + [made], keep)
-    good = [folder for folder in folders if folder.marker and folder.created is not None]
+    doomed = expired(folders + [Folder("the new one", float("inf"), "success", False)], keep)
     last = last_size(vm_dir, folders, export_file(settings, choice))
     expected = expected_size(choice.kind, settings, disks, last)
     shown = []
@@ -2727,14 +2472,13 @@ def _preview_vm(settings, choice, vm, disks, log):
     simple = choice.rule.simple
     log("%s: %s, chosen by %s; %s; disks: %s; about %s to expect" % (
         choice.name, choice.kind, "its name" if simple else "%s=%s" % choice.rule[:2],
-        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected),
-    ))  # fmt: skip
+        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))  # fmt: skip
     why = "the oldest beyond %d" % keep
     text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
-    log("%s: has %d backups, keeps %d, %s" % (choice.name, len(good), keep, text))
+    log("%s: has %d backups, keeps %d, %s" % (choice.name, len(backups(folders)), keep, text))
     if not simple and choice.rule.name == choice.name:
         log("NOTE - %s: not a simple name but a regular expression, it may match others too"
-            % choice.name)  # fmt: skip
+            % choice.name)
     if choice.kind == "vdi-export" and (first_disk(disks) is None or first_disk(disks).left_out):
         raise BackupError("the VM has no first disk that may be exported")
     if os.path.islink(vm_dir):
@@ -2742,6 +2486,211 @@ def _preview_vm(settings, choice, vm, disks, log):
     if settings.space_check:
         check_space(settings.backup_dir, expected)
     return expected
+
+
+# ============================== the run ==============================
+
+POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
+
+
+def short_host_name():
+    return socket.gethostname().split(".")[0]
+
+
+class Run:
+    """One run of the program, and what its VMs share; filled while it goes on, for the reports.
+
+    log: function(text). status: function(program, *texts), the status log. progress: function(open
+    Exports), called once a second.
+    """
+
+    def __init__(self, settings, log, status, progress):
+        self.settings, self.log, self.status = settings, log, status
+        self.stop = Stop()
+        self.watch = Watch(self.stop, progress)
+        self.patterns = list(dict.fromkeys([settings.backup_dir_pattern, DEFAULT_PATTERN]))
+        self.start, self.begin = datetime.datetime.now(), time.monotonic()
+        self.host = self.pool = ""
+        self.exit_status, self.error, self.begun = 3, None, False
+        self.outcomes = []
+        self.reserved = {}  # bytes to expect of the VMs that are being exported
+
+    def execute(self, hosts, credentials, preview):
+        """Connects, chooses, and previews or backs up. Returns the exit status."""
+
+        def new_xapi():
+            return Xapi(hosts, credentials, self.log)
+
+        settings, log, xapi = self.settings, self.log, new_xapi()
+        if not settings.tls_verify:
+            log("***WARNING - tls_verify=False: the host's certificate is not checked")
+        try:
+            xapi.connect()
+            pool = next(iter(xapi.call("pool.get_all_records").values()))
+            self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
+            vms = candidates(xapi)
+            self.stop.check()
+            selection, bad = choose(settings, vms, log)
+            if not preview:
+                return self._back_up(xapi, new_xapi, selection.choices)
+            bad += preview_vms(settings, xapi, vms, selection, log)
+            self.stop.check()
+            if bad:
+                log("ERROR preview parameters: %d VM(s) could not be backed up (see above)" % bad)
+                return 2
+            found = " - WARNINGS found (see above)" if settings.warnings else ""
+            log("SUCCESS preview parameters" + found)
+            return 1 if settings.warnings else 0
+        finally:
+            self.watch.end()
+            xapi.close()
+
+    def _back_up(self, xapi, new_xapi, choices):
+        """Backs up the pool database if asked, then the VMs; outcomes in the order of choices."""
+        check_writable(self.settings.backup_dir)
+        self.log("VmBackup running on %s, pool %s, host %s"
+                 % (short_host_name(), self.pool, self.host))
+        self.begun = True
+        self.watch.start()
+        self.status("vmbackup.py", "begin")
+        self.log("Space before backups: %s" % self._space())
+        if self.settings.pool_db_backup:
+            self.outcomes.append(self._back_up_pool_db(xapi))
+        self._back_up_vms(xapi, new_xapi, choices)
+        self.log("Space after backups: %s" % self._space())
+        code = 128 + self.stop.signum if self.stop.signum else self._verdict()
+        short, text = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}.get(
+            code, ("ERROR", "**ERRORS DETECTED**"))
+        tally = "S:%d W:%d E:%d" % self.counts()
+        self.status("vmbackup.py", "end", short, tally)
+        self.log("VmBackup ended - %s - %s" % (text, tally))
+        return code
+
+    def _back_up_vms(self, xapi, new_xapi, choices):
+        """Backs up the VMs, `parallel` at a time; tells of each what came of it at once, but in the
+        order of choices."""
+        from concurrent.futures import ThreadPoolExecutor, wait
+
+        idle = [new_xapi() for _ in range(self.settings.parallel - 1)] + [xapi]
+        ended, untold, turn = {}, collections.deque(range(len(choices))), threading.Lock()
+
+        def work(number):
+            if self.stop.signum:
+                return
+            choice, mine = choices[number], idle.pop()
+            self.status(choice.kind, "begin", choice.name)
+            try:
+                ended[number] = outcome = VmBackup(self, mine, choice).back_up()
+            finally:
+                idle.append(mine)
+            self.status(choice.kind, "end", self._end_text(outcome))
+            with turn:
+                while untold and untold[0] in ended:
+                    self._tell(ended[untold.popleft()])
+
+        try:
+            with ThreadPoolExecutor(len(idle)) as pool:
+                futures = [pool.submit(work, number) for number in range(len(choices))]
+                # Only this thread handles signals, and blocked for long it may sleep past one.
+                while wait(futures, timeout=0.2).not_done:
+                    pass
+            for number in filter(ended.get, untold):  # after a VM that a signal left untouched
+                self._tell(ended[number])
+            for future in futures:
+                future.result()
+        finally:
+            for other in idle:
+                if other is not xapi:
+                    other.close()
+
+    def _back_up_pool_db(self, xapi):
+        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
+        max_backups newest. Returns the Outcome."""
+        outcome = Outcome("pool-db", "METADATA_" + short_host_name())
+        backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
+        folder = os.path.join(backup_dir, native(own))
+        with outcome.recorded(), Lock(backup_dir, own):
+            if os.path.islink(folder):
+                raise BackupError("%s is a symbolic link: refused" % folder)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            moment, name = datetime.datetime.now(), ""
+            while not name or os.path.lexists(os.path.join(folder, name)):
+                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
+                moment += datetime.timedelta(seconds=1)
+            dumps = [item for item in sorted(os.listdir(folder)) if POOL_DUMP.match(item)]
+            for item in dumps:
+                if item.endswith(".partial"):
+                    os.unlink(os.path.join(folder, item))
+            path = os.path.join(folder, name)
+            export = Export(xapi, self.stop, "/pool/xmldbdump", {}, "database dump", 0,
+                            xapi.master())
+            try:
+                saved = save(export, path + ".partial", DatabaseCheck())
+                os.rename(path + ".partial", path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(path + ".partial")
+                raise
+            sync_folder(folder)
+            outcome.folder, outcome.file = folder, name
+            outcome.bytes, outcome.checks = saved.size, saved.checks
+            self.log("pool database saved: %s, %s" % (name, size_text(outcome.bytes)))
+            dumps = [item for item in dumps if item.endswith(".dump")]
+            for item in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
+                os.unlink(os.path.join(folder, item))
+                outcome.pruned.append(item)
+        if outcome.error:
+            self.log("***ERROR - pool database backup failed: %s" % outcome.error)
+        return outcome
+
+    def _end_text(self, outcome):
+        """The last field of a VM's line in the status log."""
+        if outcome.error:
+            return "%s %s" % (outcome.status, outcome.name)
+        return "%s %s,elapse:%d size:%dG" % (
+            "WARNING" if outcome.warnings else "SUCCESS", outcome.name, outcome.seconds // 60,
+            outcome.bytes // (1 << 30))  # fmt: skip
+
+    def _tell(self, outcome):
+        self.outcomes.append(outcome)
+        text = "***ERROR*** %s" % outcome.error
+        if not outcome.error:
+            word = "WARNING" if outcome.warnings else "Success"
+            text = "***%s*** t:%d" % (word, outcome.seconds // 60)
+        self.log("VmBackup %s %s - %s" % (outcome.kind, outcome.name, text))
+
+    def _space(self):
+        path = self.settings.backup_dir
+        try:
+            figures = tuple(map(size_text, shutil.disk_usage(path)))
+        except OSError as error:
+            return describe(error)
+        return "%s total %s, used %s, free %s" % ((path,) + figures)
+
+    def counts(self):
+        """(S, W, E): E counts the pool database too."""
+        failed = [item for item in self.outcomes if item.error]
+        vms = [item for item in self.outcomes if not item.error and item.kind != "pool-db"]
+        warned = [item for item in vms if item.warnings]
+        return len(vms) - len(warned), len(warned), len(failed)
+
+    def _verdict(self):
+        """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked."""
+        if any(item.error for item in self.outcomes):
+            return 4 if all(item.locked for item in self.outcomes) else 2
+        return 1 if self.settings.warnings or any(item.warnings for item in self.outcomes) else 0
+
+
+def check_writable(path):
+    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
+    import tempfile
+
+    try:
+        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
+            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
 
 
 # ============================== verify ==============================
@@ -2797,7 +2746,8 @@ def verify_folder(folder):
         raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
     export, path = exports[0], os.path.join(folder, exports[0])
     sums = read_sums(os.path.join(folder, "SHA256SUMS"))
-    if sums and not {export, "vm.cfg"} <= set(sums):
+    ours = any(read_start(os.path.join(folder, marker), 8) == b"created=" for marker in MARKERS)
+    if (sums or ours) and not {export, "vm.cfg"} <= set(sums):
         raise ArchiveError("SHA256SUMS does not list %s and vm.cfg" % export)
     size, proved = recorded_size(folder), []
     if size is None and export.endswith(".raw"):
@@ -2855,7 +2805,7 @@ class Log:
         self.lines = []
         self._out, self._err, self._lock = out, err, threading.Lock()
         self._shown, self._told = "", time.monotonic()
-        rich = environment.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in environment
+        rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
         self._colour = rich and is_terminal(out)
         self._live, self._plain = rich and is_terminal(err), not is_terminal(err)
 
@@ -2875,28 +2825,40 @@ class Log:
             write_text(self._err, "\r\x1b[K" + text)
             self._shown = text
 
-    def progress(self, streams):
-        """Called once a second with the open Streams."""
-        told = [self._progress_of(stream) for stream in streams]
+    def close(self):
+        """What can't be written any more is given up here, or Python would exit with 120 for it."""
+        for stream in (self._out, self._err):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def progress(self, exports):
+        """Called once a second with the open Exports."""
+        told = [self._progress_of(export) for export in exports]
         if self._live:
-            with self._lock:
-                self._show("  |  ".join(told)[: shutil.get_terminal_size().columns - 1])
-        elif self._plain and told and time.monotonic() - self._told > 300:
+            with self._lock, contextlib.suppress(OSError):
+                columns = os.get_terminal_size(self._err.fileno()).columns or 80
+                self._show("  |  ".join(told)[: columns - 1])
+        elif self._plain and told and time.monotonic() - self._told > PROGRESS_EVERY:
             self._told = time.monotonic()
             for text in told:
                 self("progress %s" % text)
 
     @staticmethod
-    def _progress_of(stream):
-        rate = stream.received / max(time.monotonic() - stream.started, 0.001)
-        expected = max(stream.expected, stream.received)
-        if stream.progress > 0.02:
-            expected = stream.received / min(stream.progress, 1)
-        left = (expected - stream.received) / rate if rate else 0
+    def _progress_of(export):
+        rate = export.received / max(time.monotonic() - export.started, 0.001)
+        expected = max(export.size, export.received)
+        if export.progress > 0.02:
+            expected = export.received / min(export.progress, 1)
+        left = (expected - export.received) / rate if rate else 0
         return "%s: %d of about %d MiB, %.0f MB/s, %d:%02d left" % (
-            printable(stream.what), stream.received // MIB, expected // MIB, rate / 1e6,
-            left // 60, left % 60,
-        )  # fmt: skip
+            printable(export.what), export.received // MIB, expected // MIB, rate / 1e6,
+            left // 60, left % 60)  # fmt: skip
+
+
+PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
 
 
 def is_terminal(stream):
@@ -2910,9 +2872,10 @@ def write_text(stream, text):
         stream.flush()
 
 
-def make_status(path, log):
-    """The function that appends a line to the status log (none if path is None) and flushes it."""
-    lock, server = threading.Lock(), short_host_name()
+def make_status(path, log, warnings):
+    """The function that appends a line to the status log (none if path is None) and flushes it.
+    The first failure is logged and added to `warnings`."""
+    lock, server, failed = threading.Lock(), short_host_name(), []
 
     def status(program, *texts):
         if path is None:
@@ -2923,7 +2886,10 @@ def make_status(path, log):
             with lock:
                 write_shared(path, "ab", line.encode("utf-8"))
         except OSError as error:
-            log("***WARNING - the status log cannot be written: %s" % describe(error))
+            if not failed:
+                failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
+                warnings.append(failed[0])
+                log(failed[0])
 
     return status
 
@@ -2936,118 +2902,122 @@ def write_shared(path, mode, data):
             os.fchmod(file.fileno(), 0o644)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
-class Report:
-    """What mail and report_json tell about a run; filled while it goes on."""
+def status_word(run):
+    return {0: "SUCCESS", 1: "WARNING"}.get(run.exit_status, "ERROR")
 
-    def __init__(self):
-        self.start, self.begin = datetime.datetime.now(), time.monotonic()
-        self.host = self.pool = ""
-        self.run = None
-        self.exit_status, self.error = 3, None
 
-    def status(self):
-        return {0: "SUCCESS", 1: "WARNING"}.get(self.exit_status, "ERROR")
+def report(run):
+    """The object of report_json; the README describes it."""
+    return {
+        "version": __version__, "server": short_host_name(), "host": run.host, "pool": run.pool,
+        "start": run.start.isoformat(), "end": datetime.datetime.now().isoformat(),
+        "seconds": round(time.monotonic() - run.begin, 3),
+        "status": status_word(run), "exit_status": run.exit_status, "error": run.error,
+        "counts": dict(zip(("success", "warning", "error"), run.counts())),
+        "warnings": run.settings.warnings,
+        "vms": [{
+            "name": item.name, "uuid": item.uuid, "kind": item.kind,
+            "status": "ERROR" if item.error else "WARNING" if item.warnings else "SUCCESS",
+            "folder": item.folder, "file": item.file, "bytes": item.bytes,
+            "seconds": round(item.seconds, 3),
+            "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
+            "checks": item.checks, "warnings": item.warnings, "error": item.error,
+            "pruned": item.pruned,
+        } for item in run.outcomes],
+    }  # fmt: skip
 
-    def outcomes(self):
-        return self.run.outcomes if self.run else []
 
-    def counts(self):
-        return self.run.counts() if self.run else (0, 0, 0)
+def write_json(run):
+    """Replaces report_json atomically."""
+    import json
 
-    def as_dict(self, settings):
-        """The object of report_json; the README describes it."""
-        return {
-            "version": __version__, "server": short_host_name(), "host": self.host,
-            "pool": self.pool, "start": self.start.isoformat(),
-            "end": datetime.datetime.now().isoformat(),
-            "seconds": round(time.monotonic() - self.begin, 3),
-            "status": self.status(), "exit_status": self.exit_status, "error": self.error,
-            "counts": dict(zip(("success", "warning", "error"), self.counts())),
-            "warnings": settings.warnings,
-            "vms": [
-                {
-                    "name": item.name, "uuid": item.uuid, "kind": item.kind,
-                    "status": "ERROR" if item.error else "WARNING" if item.warnings else "SUCCESS",
-                    "folder": item.folder, "file": item.file, "bytes": item.bytes,
-                    "seconds": round(item.seconds, 3),
-                    "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
-                    "checks": item.checks, "warnings": item.warnings, "error": item.error,
-                    "pruned": item.pruned,
-                }
-                for item in self.outcomes()
-            ],
-        }  # fmt: skip
+    path = os.path.realpath(run.settings.report_json)
+    text = json.dumps(report(run), indent=2, ensure_ascii=False)
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    try:
+        # What stands for a path's bytes in an ASCII locale becomes those bytes again.
+        write_shared(temporary, "wb", text.encode("utf-8", "surrogateescape") + b"\n")
+        os.rename(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
-    def write_json(self, settings):
-        """Replaces report_json atomically."""
-        import json
 
-        text = json.dumps(self.as_dict(settings), indent=2, ensure_ascii=False)
-        temporary = "%s.%d.tmp" % (settings.report_json, os.getpid())
+def send_mail(run, lines):
+    """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
+    import functools
+    import smtplib
+    from email.message import EmailMessage
+
+    settings, message, word = run.settings, EmailMessage(), status_word(run)
+    server = socket.gethostname()  # as in upstream's subject, for those who filter by it
+    message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
+                                   % (word, server, run.pool, run.host))
+    message["From"], message["To"] = settings.mail_from, ", ".join(settings.mail_to)
+    body = ["VmBackup on %s, pool %s, host %s" % (short_host_name(), run.pool, run.host)]
+    body.append("%s - S:%d W:%d E:%d" % ((word,) + run.counts()))
+    body += [run.error] if run.error else []
+    failed = [item for item in run.outcomes if item.error]
+    body += ["%s %s: %s" % (item.kind, item.name, item.error) for item in failed]
+    message.set_content("\n".join([printable(line) for line in body] + [""] + lines) + "\n")
+    context = ssl.create_default_context()
+    if is_loopback(settings.smtp_server):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connect: Any = smtplib.SMTP
+    if settings.smtp_port == 465:
+        connect = functools.partial(smtplib.SMTP_SSL, context=context)
+    for left in (2, 1, 0):
         try:
-            # What stands for a path's bytes in an ASCII locale becomes those bytes again.
-            write_shared(temporary, "wb", text.encode("utf-8", "surrogateescape") + b"\n")
-            os.rename(temporary, settings.report_json)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            with connect(settings.smtp_server, settings.smtp_port, timeout=60) as smtp:
+                if settings.smtp_starttls:
+                    smtp.starttls(context=context)
+                if settings.smtp_user:
+                    password = read_password_file(settings.smtp_password_file, plain=True)
+                    smtp.login(settings.smtp_user, password)
+                # Python 3.6's send_message tears names that are not ASCII.
+                smtp.sendmail(settings.mail_from, settings.mail_to, message.as_string())
+            return
+        except OSError:
+            if not left or run.stop.signum:
+                raise
+            run.stop.sleep(5)
 
-    def send_mail(self, settings, lines, stop):
-        """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
-        import smtplib
-        from email.message import EmailMessage
 
-        message = EmailMessage()
-        server = socket.gethostname()  # as in upstream's subject, for those who filter by it
-        subject = "%s %s VmBackup.py, pool %s at %s" % (self.status(), server, self.pool, self.host)
-        message["Subject"] = printable(subject)
-        message["From"], message["To"] = settings.mail_from, ", ".join(settings.mail_to)
-        body = ["VmBackup on %s, pool %s, host %s" % (short_host_name(), self.pool, self.host)]
-        body.append("%s - S:%d W:%d E:%d" % ((self.status(),) + self.counts()))
-        body += [self.error] if self.error else []
-        failed = [item for item in self.outcomes() if item.error]
-        body += ["%s %s: %s" % (item.kind, item.name, item.error) for item in failed]
-        message.set_content("\n".join([printable(line) for line in body] + [""] + lines) + "\n")
-        context = ssl.create_default_context()
-        if is_loopback(settings.smtp_server):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connect: Any = smtplib.SMTP
-        if settings.smtp_port == 465:
-            connect = functools.partial(smtplib.SMTP_SSL, context=context)
-        for left in (2, 1, 0):
-            try:
-                with connect(settings.smtp_server, settings.smtp_port, timeout=60) as smtp:
-                    if settings.smtp_starttls:
-                        smtp.starttls(context=context)
-                    if settings.smtp_user:
-                        password = read_password_file(settings.smtp_password_file, plain=True)
-                        smtp.login(settings.smtp_user, password)
-                    # Python 3.6's send_message tears names that are not ASCII.
-                    smtp.sendmail(settings.mail_from, settings.mail_to, message.as_string())
-                return
-            except OSError:
-                if not left or stop.signum:
-                    raise
-                stop.sleep(5)
+def read_password_file(path, plain=False):
+    """The password in a file made by create-password-file; plain: or else the file's text."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(65536).strip()
+    except OSError as error:
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+    try:
+        return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
+    except ValueError:
+        if plain:
+            return data.decode("utf-8", "replace")
+        raise ConfigError("ERROR - %s is a file, but no password file: see create-password-file"
+                          % path) from None
 
-    def finish(self, settings, log, stop):
-        """Writes and mails what the settings ask for. A failure here is a warning, no more."""
-        mailing = settings.mail_to and settings.mail_from and settings.smtp_server
-        when = {"always": True, "problems": self.exit_status != 0, "never": False}
-        try:
-            if settings.report_json:
-                self.write_json(settings)
-        except OSError as error:
-            log("***WARNING - report_json cannot be written: %s" % describe(error))
-        try:
-            if mailing and when[settings.mail_when]:
-                self.send_mail(settings, list(log.lines), stop)
-                log("mail sent to %s" % ", ".join(settings.mail_to))
-        except Exception as error:  # the email package raises nearly anything at odd addresses
-            log("***WARNING - the mail could not be sent: %s" % describe(error))
+
+def send_reports(run):
+    """Writes and mails what the settings ask for. A failure here is a warning, no more."""
+    settings, log = run.settings, run.log
+    mailing = settings.mail_to and settings.mail_from and settings.smtp_server
+    when = {"always": True, "problems": run.exit_status != 0, "never": False}
+    try:
+        if settings.report_json:
+            write_json(run)
+    except OSError as error:
+        log("***WARNING - report_json cannot be written: %s" % describe(error))
+    try:
+        if mailing and when[settings.mail_when]:
+            send_mail(run, list(log.lines))
+            log("mail sent to %s" % ", ".join(settings.mail_to))
+    except Exception as error:  # the email package raises nearly anything at odd addresses
+        log("***WARNING - the mail could not be sent: %s" % describe(error))
 
 
 # ============================== the command line ==============================
@@ -3152,12 +3122,8 @@ def help_text():
     return HELP % "\n".join(lines)
 
 
-TEXTS = {
-    "help": help_text,
-    "config": config_text,
-    "example": lambda: EXAMPLE,
-    "version": lambda: "vmbackup.py %s\n" % __version__,
-}
+TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
+         "version": lambda: "vmbackup.py %s\n" % __version__}  # fmt: skip
 
 
 def command(words, log):
@@ -3175,49 +3141,55 @@ def command(words, log):
     if key.lower() == "create-password-file" and separator:
         if len(words) > 2:
             raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
-                              % words[2])  # fmt: skip
+                              % words[2])
         return create_password_file(native(value), read_password(words[0], literal=True), log)
     settings, preview = parse_command(words[1], words[2:])
-    report, stop = Report(), Stop()
+    status = make_status(settings.status_log if settings.config_file else None, log,
+                         settings.warnings)
+    run = Run(settings, log, status, log.progress)
     try:
         log("VmBackup config loaded from: %s" % words[1])
         local = words[0] == "local"
         hosts = make_hosts(settings, local)
-        report.host = ", ".join(map(str, hosts))
+        run.host = ", ".join(map(str, hosts))
+        check_packages()
         check_paths(settings)
         credentials = ("root", "") if local else (settings.username, read_password(words[0]))
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, stop.handler)
-        report.exit_status = connect_and_run(
-            settings, hosts, credentials, preview, log, stop, report
-        )
-    except BackupError as error:
-        report.exit_status, report.error = error.exit_code, str(error)
-        log_error(error, log)
+            signal.signal(signum, run.stop.handler)
+        run.exit_status = run.execute(hosts, credentials, preview)
+    except Exception as error:
+        code = getattr(error, "exit_code", 2)
+        run.exit_status = 3 if code == 2 and not run.begun else code
+        run.error = reason_of(error)
+        log_error(run.error, log)
     finally:
         if not preview:
-            report.finish(settings, log, stop)
-    return report.exit_status
+            send_reports(run)
+    return run.exit_status
 
 
-def log_error(error, log):
-    for line in str(error).split("\n"):
+def log_error(text, log):
+    for line in text.split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
 
 
 def parse_command(selector, words):
     """(Settings, preview) of the arguments after the password. Raises ConfigError."""
     config, path, pairs, preview = [], native(selector), [], False
-    if os.path.isfile(path):
+    is_config = os.path.isfile(path)
+    if is_config:
         config = load_config(path)
     else:
         key, separator, value = selector.partition("=")
         if not re.sub(r":[0-9]+\Z", "", selector).strip():
             raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
-        if separator and key.lower() in ("vm-export", "vdi-export"):
-            pairs.append((key.lower(), value, "command line"))
-        else:
-            pairs.append(("vm-export", selector, "command line"))
+        if separator and (key.lower() in KNOWN or key.lower() == "exclude"):
+            raise ConfigError("ERROR - invalid parameter %s: the second argument is a config file"
+                              " or a VM selector" % selector)
+        explicit = separator and key.lower() in ("vm-export", "vdi-export")
+        pair = (key.lower(), value) if explicit else ("vm-export", selector)
+        pairs.append(pair + ("command line",))
     for word in words:
         key, separator, value = word.partition("=")
         if word.lower() == "preview":
@@ -3228,7 +3200,7 @@ def parse_command(selector, words):
         else:
             pairs.append((key.lower(), value, "command line"))
     settings = make_settings(config, pairs)
-    settings.config_file = path if os.path.isfile(path) else None
+    settings.config_file = path if is_config else None
     if not settings.rules and not settings.pool_db_backup:
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
     return settings, preview
@@ -3240,6 +3212,16 @@ def load_config(path):
             return read_config(file.read(MIB + 1), path)
     except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+
+
+def check_packages():
+    """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
+    import importlib.util
+
+    for module in ("XenAPI", "requests"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
+                              " vmbackup.pyz, which carries it" % (module, module))
 
 
 def check_paths(settings):
@@ -3254,6 +3236,7 @@ def check_paths(settings):
         fits = file and os.path.isdir(os.path.dirname(file) or ".") and not os.path.isdir(file)
         if file and not fits:
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
+    check_report(settings)
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
@@ -3265,15 +3248,16 @@ def check_paths(settings):
             raise ConfigError("ERROR - tls_ca=%s holds no certificate" % settings.tls_ca) from None
 
 
-def check_writable(path):
-    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
-    import tempfile
-
-    try:
-        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
-            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+def check_report(settings):
+    """Raises ConfigError if report_json would replace something else than a report."""
+    path = settings.report_json
+    if path and os.path.exists(path):
+        for key in ("config_file", "status_log", "tls_ca", "smtp_password_file"):
+            other = getattr(settings, key)
+            if other and os.path.exists(other) and os.path.samefile(path, other):
+                raise ConfigError("ERROR - report_json=%s would replace the %s" % (path, key))
+        if not os.path.isfile(path):
+            raise ConfigError("ERROR - report_json=%s is no regular file" % path)
 
 
 def make_hosts(settings, local):
@@ -3287,62 +3271,34 @@ def make_hosts(settings, local):
     return [Endpoint(address, pins, ca, settings.tls_verify) for address in addresses]
 
 
-def connect_and_run(settings, hosts, credentials, preview, log, stop, report):
-    """Connects, chooses, and previews or runs. Returns the exit status."""
-    import importlib.util
+@contextlib.contextmanager
+def no_echo(stream):
+    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
+    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
+    if not is_terminal(stream):
+        yield
+        return
+    import termios
 
-    for module in ("XenAPI", "requests"):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
-                              " vmbackup.pyz, which carries it" % (module, module))  # fmt: skip
-    if not settings.tls_verify:
-        log("***WARNING - tls_verify=False: the host's certificate is not checked")
-    xapi, watch = Xapi(hosts, credentials, log), Watch(log.progress)
+    fd = stream.fileno()
+    before = termios.tcgetattr(fd)
+    hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+    write_text(sys.stderr, "Password: ")
+    termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)
     try:
-        xapi.connect()
-        pool = next(iter(xapi.call("pool.get_all_records").values()))
-        report.host, report.pool = str(xapi.endpoint), pool["name_label"]
-        vms = candidates(xapi)
-        stop.check()
-        selection, bad = choose(settings, vms, log)
-        if preview:
-            bad += preview_vms(settings, xapi, vms, selection, log)
-            stop.check()
-            if bad:
-                log("ERROR preview parameters: %d VM(s) could not be backed up (see above)" % bad)
-                return 2
-            found = " - WARNINGS found (see above)" if settings.warnings else ""
-            log("SUCCESS preview parameters" + found)
-            return 1 if settings.warnings else 0
-        check_writable(settings.backup_dir)
-        status = make_status(settings.status_log if settings.config_file else None, log)
-        log("VmBackup running on %s, pool %s, host %s"
-            % (short_host_name(), report.pool, report.host))  # fmt: skip
-        run = Run(settings, xapi, lambda: Xapi(hosts, credentials, log), log, status, stop, watch)
-        report.run = run
-        watch.start()
-        run.back_up(selection.choices)
-        code = 128 + stop.signum if stop.signum else run.exit_status()
-        short, text = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}.get(
-            code, ("ERROR", "**ERRORS DETECTED**")
-        )
-        tally = "S:%d W:%d E:%d" % run.counts()
-        status("vmbackup.py", "end", short, tally)
-        log("VmBackup ended - %s - %s" % (text, tally))
-        return code
+        yield
     finally:
-        watch.end()
-        xapi.close()
+        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+        write_text(sys.stderr, "\n")
 
 
 def read_password(word, literal=False):
     """The password that the first argument stands for. literal: a file of that name is not read."""
     if word == "-":
-        if is_terminal(sys.stdin):
-            import getpass
-
-            return getpass.getpass("Password: ")
-        line = sys.stdin.buffer.readline() if sys.stdin else b""
+        with no_echo(sys.stdin):
+            line = sys.stdin.buffer.readline() if sys.stdin else b""
+        if not line:
+            raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
     elif os.path.isfile(native(word)) and not literal:
         word = read_password_file(native(word))
@@ -3353,25 +3309,10 @@ def read_password(word, literal=False):
     return word
 
 
-def read_password_file(path, plain=False):
-    """The password in a file made by create-password-file; plain: or else the file's text."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(65536).strip()
-    except OSError as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-    try:
-        return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
-    except ValueError:
-        if plain:
-            return data.decode("utf-8", "replace")
-        raise ConfigError(
-            "ERROR - %s is a file, but no password file: see create-password-file" % path
-        ) from None
-
-
 def create_password_file(path, password, log):
     """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
+    if not path:
+        raise ConfigError("ERROR - create-password-file= needs the name of a file")
     if os.path.lexists(path):
         read_password_file(path)
     temporary = "%s.%d.tmp" % (path, os.getpid())
@@ -3382,6 +3323,9 @@ def create_password_file(path, password, log):
         os.rename(temporary, path)
     except OSError as error:
         raise ConfigError("ERROR - cannot write the password file: %s" % describe(error)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
     log("password file saved to: %s" % path)
     return 0
 
@@ -3407,8 +3351,10 @@ def main(argv=None):
         return command([from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)], log)
     except (BackupError, KeyboardInterrupt) as error:
         error = error if isinstance(error, BackupError) else Interrupted(signal.SIGINT)
-        log_error(error, log)
+        log_error(str(error), log)
         return error.exit_code
+    finally:
+        log.close()
 
 
 if __name__ == "__main__":

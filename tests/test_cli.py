@@ -150,8 +150,9 @@ GOOD = [
     ("tls_ca", "/ca.pem", "/ca.pem"), ("tls_ca", "", None), ("tls_fingerprint", "", None),
     ("tls_fingerprint", PIN, [PIN]), ("tls_fingerprint", PIN.upper(), [PIN]),
     ("tls_fingerprint", ":".join(["AB"] * 32) + ", " + "0" * 64, [PIN, "0" * 64]),
-    ("tls_verify", "False", False), ("parallel", "1", 1), ("parallel", "64", 64),
+    ("tls_verify", "False", False), ("parallel", "1", 1), ("parallel", "1000", 1000),
     ("space_check", "false", False), ("backup_dir_pattern", "%Y%m%d %H%M%S", "%Y%m%d %H%M%S"),
+    ("backup_dir_pattern", "b-%F_%R", "b-%Y-%m-%d_%H:%M"),
     ("mail_to", "a@b, c@d", ["a@b", "c@d"]), ("mail_from", "a@b", "a@b"), ("mail_to", "", None),
     ("smtp_port", "1", 1), ("smtp_port", "65535", 65535), ("smtp_starttls", "True", True),
     ("mail_when", "PROBLEMS", "problems"), ("report_json", "/r.json", "/r.json"),
@@ -167,8 +168,8 @@ BAD = [
     ("host", "https://u:p@h"), ("host", "h/path"), ("host", "a b"), ("host", "a..b"),
     ("host", "x" * 64 + ".example"), ("host", "good,http://bad.example"), ("tls_verify", "maybe"),
     ("tls_fingerprint", PIN[1:]), ("tls_fingerprint", PIN + "0"), ("tls_fingerprint", "g" * 64),
-    ("parallel", "0"), ("parallel", "65"), ("space_check", "off"), ("backup_dir_pattern", ""),
-    ("backup_dir_pattern", "%Y-%m-%d"), ("backup_dir_pattern", "%Y/%m/%d %H:%M:%S"),
+    ("parallel", "0"), ("parallel", "1001"), ("space_check", "off"), ("backup_dir_pattern", ""),
+    ("backup_dir_pattern", "%Y-%m"), ("backup_dir_pattern", "%Y/%m/%d %H:%M:%S"),
     ("backup_dir_pattern", ".%Y%m%d%H%M%S"), ("backup_dir_pattern", "fixed"),
     ("backup_dir_pattern", "%"), ("smtp_port", "0"), ("smtp_port", "65536"),
     ("smtp_starttls", "no"), ("mail_when", "sometimes"),
@@ -176,7 +177,7 @@ BAD = [
 ALLOWED = {  # what the message says at least
     "max_backups": "1 or more", "pool_db_backup": "0 (no) or 1 (yes)", "compress": "gzip, zstd",
     "vdi_export_format": "raw or vhd", "pre_clean": "True", "tls_fingerprint": "64 hex digits",
-    "parallel": "1 to 64", "smtp_port": "1 to 65535", "mail_when": "always, problems or never",
+    "parallel": "1 or more", "smtp_port": "1 to 65535", "mail_when": "always, problems or never",
     "host": "host:port", "backup_dir_pattern": "strftime", "tls_verify": "False",
 }
 

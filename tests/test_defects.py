@@ -295,13 +295,13 @@ def test_defect_17_zero_copies_are_refused(turn, value):
 
 def test_defect_18_a_day_and_more_is_told_in_full():
     lines, settings = [], SimpleNamespace(backup_dir_pattern="x")
-    run = module.Run(settings, None, None, lines.append,
-                     lambda *texts: lines.append(",".join(texts)), None, None)
+    run = module.Run(settings, lines.append, None, None)
     outcome = module.Outcome("vm-export", "web")
     outcome.seconds, outcome.bytes = 25 * 3600 + 59.9, 70 << 30
-    run._report(outcome)
+    run._tell(outcome)
+    lines.append(run._end_text(outcome))
     assert lines == ["VmBackup vm-export web - ***Success*** t:1500",
-                     "vm-export,end,SUCCESS web,elapse:1500 size:70G"]
+                     "SUCCESS web,elapse:1500 size:70G"]
 
 
 @pytest.mark.parametrize("kind", ["vm-export", "vdi-export"])

@@ -11,7 +11,7 @@ import pytest
 from harness import finish, vmbackup
 from simulator.pool import MIB, Pool, cd, disk
 
-from vmbackup import Interrupted, Stop, Stream
+from vmbackup import Export, Interrupted, Stop
 
 
 def pool_of(*names, size=3 * MIB):
@@ -105,20 +105,24 @@ def test_a_signal_in_an_export_cleans_up(site, number, parallel):
     assert here.run().status == 0
 
 
-def test_a_signal_while_a_stream_connects_is_not_missed():
-    """It finds no socket to shut down yet: the stream itself has to look, once it has one."""
+def test_a_signal_while_an_export_connects_is_not_missed():
+    """It finds no socket to shut down yet: the export itself has to look, once it has one."""
     stop = Stop()
     ours, theirs = socket.socketpair()
+
+    class Xapi:
+        handle = "OpaqueRef:session"
+
+        def call(self, _method, *_args):
+            return "OpaqueRef:task"
 
     class Connecting:
         def open_socket(self, _timeout):
             stop.handler(signal.SIGTERM, None)
             return ours
 
-    stream = Stream(Connecting(), stop, "web")
-    with pytest.raises(Interrupted):
-        stream.open("/export", {})
-    stream.close()
+    with pytest.raises(Interrupted), Export(Xapi(), stop, "/export", {}, "web", 0, Connecting()):
+        pass
     assert theirs.recv(1) == b""
 
 
