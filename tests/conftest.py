@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What all tests share. vmbackup.py and the modules of tests/ can be imported by name."""
+import collections
+import itertools
+import socket
 import sys
 from pathlib import Path
 
@@ -12,22 +15,61 @@ from shim import shim  # noqa: E402, F401
 from simulator.client import Simulator  # noqa: E402
 from tally import pytest_terminal_summary, tally  # noqa: E402, F401
 
+LONG = ("test_death.py", "test_faults.py", "test_preview.py", "test_mail.py")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "newest: touches no vmbackup.py; run.py runs it on the newest Python only")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.fspath.basename not in LONG)
+
+
+@pytest.fixture(scope="session")
+def idle():
+    """{number of hosts: simulators that run and wait for a pool}"""
+    simulators = collections.defaultdict(list)
+    yield simulators
+    for sim in itertools.chain(*simulators.values()):
+        sim.stop()
+
 
 @pytest.fixture
-def site(tmp_path):
-    """site(pool) starts a simulator with that pool and gives the user's Site; it ends by itself."""
-    started = []
+def site(idle, tmp_path):
+    """site(pool) gives the user's Site at a simulator of its own: an idle one or a new one."""
+    lent = []
 
     def make(pool=None, **options):
-        sim = Simulator.start(pool, **options)
-        started.append(sim)
-        path = tmp_path / ("site%d" % len(started))
+        hosts = len(pool.description["hosts"]) if pool and not options else None
+        if idle[hosts]:
+            sim = idle[hosts].pop()
+            sim.load(pool)
+        else:
+            sim = Simulator.start(pool, **options)
+        lent.append((hosts, sim))
+        path = tmp_path / ("site%d" % len(lent))
         path.mkdir()
         return Site(sim, path)
 
     yield make
-    for sim in started:
-        sim.stop()
+    for hosts, sim in lent:
+        if hosts and serves(sim):
+            idle[hosts].append(sim)
+        else:
+            sim.stop()
+
+
+def serves(sim):
+    """Whether all members still take connections: a test may have let a host go down."""
+    try:
+        for host in sim.hosts:
+            socket.create_connection((host["address"], host["port"]), 10).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "vmbackup.py"
 LINE = re.compile(r"\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - (.*)")
@@ -69,9 +71,13 @@ class Site:
         self.config.write_text("\n".join(head + list(lines)) + "\n", encoding="utf-8")
         return self.config
 
-    def run(self, *words, **options):
-        """A run with the config file (its name may be among the words already)."""
-        return vmbackup(self.sim.password, self.config, *words, **options)
+    def run(self, *words, constants=None, **options):
+        """A run with the config file. It is a fork of a process that has loaded vmbackup.py, unless
+        options (env, cwd, input) ask for a new one; constants: see forks.run."""
+        words = (self.sim.password, self.config) + words
+        if options:
+            return vmbackup(*words, **options)
+        return Result(*forks.run(words, constants))
 
     def start(self, *words, **options):
         return start(self.sim.password, self.config, *words, **options)

@@ -62,7 +62,7 @@ def test_no_damaged_disk_export_becomes_a_backup(site, form, fault, options):
     here = site(pool_of("web"))
     here.configure("vdi-export=web", "vdi_export_format=" + form)
     here.sim.fault(fault, path="/export_raw_vdi", **options)
-    result = here.run()
+    result = here.run(constants={"FAILURE_PAUSES": (0, 0.1)})
     assert result.status == 2, result
     assert not here.folders("web", marked=False)
     here.assert_pool_is_clean()
@@ -129,7 +129,7 @@ def test_a_signal_while_an_export_connects_is_not_missed():
 def test_two_runs_at_once(site):
     here = site(pool_of("web", "db", size=20 * MIB))
     here.configure("vm-export=web")
-    here.sim.fault("export_silence", vm="web", after=2 * MIB, seconds=20, times=1)
+    here.sim.fault("export_silence", vm="web", after=2 * MIB, seconds=3600, times=1)
     first = here.start()
     until(lambda: "GET /export" in here.sim.methods())
     assert here.run().status == 4

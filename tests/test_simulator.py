@@ -22,6 +22,8 @@ import XenAPI
 from simulator.client import Simulator
 from simulator.pool import MIB, Pool, cd, disk, many, snapshot, vif
 
+pytestmark = pytest.mark.newest
+
 DUMP = Path(__file__).resolve().parents[2] / "shared" / "data" / "real-pool-database.xml"
 NAMES = ("diskless", "elsewhere", "halted", "no cd seen", "stuck", "tiny", "web")
 

@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 
@@ -138,6 +139,20 @@ class Simulator:
     def methods(self):
         """Their methods alone."""
         return [call["method"] for call in self.calls()]
+
+    def catch_up(self):
+        """Wait until all is done that clients asked for over HTTP while this process was stopped.
+
+        They must be gone.  Whoever connected before this connection is accepted before it.
+        """
+        try:
+            _OPENER.open(self.http + "/").close()
+        except urllib.error.HTTPError as error:
+            error.close()
+        while self._do("connections") or any(
+                task["status"] == "pending" and task["name_label"].startswith("Async.")
+                for task in self.tasks().values()):
+            time.sleep(0.05)
 
     def reset_calls(self):
         """Forget what was asked."""

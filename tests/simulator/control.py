@@ -100,6 +100,9 @@ class Control:
                 file.write(content.chunk(index))
             file.truncate(content.size)
 
+    def connections(self):
+        return sum(member.connections() for member in self._simulator.members)
+
     def attached(self):
         return dict(self._simulator.attached)
 

@@ -14,9 +14,10 @@ OPTIONS OF ALL FAULTS
 
 BODIES.  These concern /export unless ``path`` names another handler ("/export_metadata",
 "/export_raw_vdi", "/pool/xmldbdump", or "*").  ``after`` is a number of bytes of the body, default
-0; negative: that many before the end of an uncompressed /export_raw_vdi or /pool/xmldbdump.  It
-counts bytes of the *archive*, before compression: the compressed stream is still ended properly,
-as xapi's compressor does.  Those marked (wire) count bytes as the client gets them.
+0; negative: that many before the end of an uncompressed /export_raw_vdi or /pool/xmldbdump, and
+for raw_cut of any body.  It counts bytes of the *archive*, before compression: the compressed
+stream is still ended properly, as xapi's compressor does.  Those marked (wire) count bytes as the
+client gets them.
 
     export_cut          close after N bytes, nothing appended.  task="pending" (default), "vanish",
                         "failure" (with error_info) or "success"

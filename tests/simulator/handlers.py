@@ -359,9 +359,14 @@ class Handler:
         rate = self.fault("export_rate")
         if rate:
             send = sinks.Throttle(send, rate.get("bytes", 1 << 20))
-        wire = sinks.Counted(send, self._wire_triggers(size))
+        raw_cut = self.fault("raw_cut")
+        if raw_cut and raw_cut.get("after", 0) < 0:
+            send = sinks.Short(send, -raw_cut.get("after"))
+        wire = sinks.Counted(send, self._wire_triggers(size, raw_cut))
         try:
             self._send_body(buffers, wire, compressor, size)
+            if raw_cut and raw_cut.get("after", 0) < 0:  # only now the end is known
+                raise _raw(raw_cut)
         except _Cut as cut:
             self._end_cut(cut)
         except _Failure as failure:
@@ -422,13 +427,11 @@ class Handler:
         """An export that is cancelled; a disk's export says so in its task, a VM's does not."""
         return _Failure(["TASK_CANCELLED", self.task], cancelled=self.path != "/export_raw_vdi")
 
-    def _wire_triggers(self, size):
+    def _wire_triggers(self, size, raw_cut):
         """What happens at bytes that the client gets."""
         triggers = self.simulator.byte_actions(self.path, self.host, **self.names)
-        fault = self.fault("raw_cut")
-        if fault:
-            triggers.append((fault.get("after", 0), _raiser(lambda: _Cut(
-                fault.get("task"), fault.get("error_info", ()), wire=True))))
+        if raw_cut and raw_cut.get("after", 0) >= 0:
+            triggers.append((raw_cut.get("after", 0), _raiser(lambda: _raw(raw_cut))))
         reset = self.fault("export_reset")
         if reset:
             triggers.append((reset.get("after", 0), self._reset))
@@ -577,6 +580,10 @@ def _iterate(buffers, failure=None):
     yield from buffers
     if failure is not None:
         raise failure
+
+
+def _raw(fault):
+    return _Cut(fault.get("task"), fault.get("error_info", ()), wire=True)
 
 
 def _raiser(make):

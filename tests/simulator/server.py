@@ -66,11 +66,11 @@ class Member:
                 connection, _ = listener.accept()
             except OSError:
                 return
+            with self._lock:
+                self._connections.add(connection)
             threading.Thread(target=self._serve, args=(connection, kind), daemon=True).start()
 
     def _serve(self, connection, kind):
-        with self._lock:
-            self._connections.add(connection)
         raw = connection
         try:
             if kind != "unix":
@@ -89,6 +89,11 @@ class Member:
             with self._lock:
                 self._connections -= {raw, connection}
             _close(connection)
+
+    def connections(self):
+        """How many connections are open."""
+        with self._lock:
+            return len(self._connections)
 
     def close_connections(self):
         """Break all connections, as when xapi is restarted."""

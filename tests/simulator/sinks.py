@@ -130,6 +130,22 @@ def zstd(send):
 COMPRESSORS = {"gzip": Gzip, "true": Gzip, "zstd": zstd}
 
 
+class Short:
+    """Keeps back the last bytes of a body for ever."""
+
+    def __init__(self, send, size):
+        self._send = send
+        self._size = size
+        self._kept = b""
+
+    def __call__(self, data):
+        self._kept += bytes(data)
+        at = max(0, len(self._kept) - self._size)
+        if at:
+            self._send(self._kept[:at])
+            self._kept = self._kept[at:]
+
+
 class Throttle:
     """Keeps a sender to a number of bytes a second."""
 
