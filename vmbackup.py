@@ -1409,17 +1409,18 @@ class Xapi:
     def member(self, address):
         """The Endpoint of another pool member, its certificate vouched for by the pool itself
         (host.get_server_certificate) over this connection, which is trusted already."""
-        mine = self.endpoint
+        mine, pins = self.endpoint, []
         if address == mine.address:
             return mine
-        if mine.checked or mine.address.scheme == "unix":
+        other, near = mine.at(address), is_loopback(mine.address.host)
+        if other.checked and (mine.checked or near or mine.address.scheme == "unix"):
             with contextlib.suppress(XapiError, ValueError):
                 for ref, host in self.call("host.get_all_records").items():
                     if parse_host(host["address"]).host == address.host:
                         pem = self.call("host.get_server_certificate", ref)
                         der = ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")
-                        return Endpoint(address, [hashlib.sha256(der).hexdigest()])
-        return mine.at(address)
+                        pins.append(hashlib.sha256(der).hexdigest())
+        return Endpoint(address, pins) if pins else other
 
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
@@ -2355,7 +2356,8 @@ class VmBackup:
         from xml.dom import minidom
 
         query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
-        with Export(self.xapi, self.stop, "/export_metadata", query, "metadata") as export:
+        with Export(self.xapi, self.stop, "/export_metadata", query,
+                    self.choice.name) as export:
             pump(export.readinto, data.extend)
             export.verdict()
         if len(data) % 512 or not data.endswith(bytes(1024)):
