@@ -443,8 +443,12 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        names = ", ".join(list(RULE_KEYS) + list(KNOWN))
-        raise ConfigError("ERROR - %s: unknown setting %s, allowed are %s" % (where, key, names))
+        import difflib
+
+        names = list(RULE_KEYS) + list(KNOWN)
+        near = "".join(" (%s?)" % name for name in difflib.get_close_matches(key, names, 1))
+        raise ConfigError("ERROR - %s: unknown setting %s%s, allowed are %s"
+                          % (where, key, near, ", ".join(names)))
     setting = KNOWN[key]
     if not value and not setting.default:
         return None
@@ -3150,7 +3154,8 @@ def command(words, log):
                          settings.warnings)
     run = Run(settings, log, status, log.progress)
     try:
-        log("VmBackup config loaded from: %s" % words[1])
+        log("VmBackup config loaded from: %s" % words[1] if settings.config_file else
+            "VmBackup vm selector: %s (there is no config file of that name)" % words[1])
         local = words[0] == "local"
         hosts = make_hosts(settings, local)
         run.host = ", ".join(map(str, hosts))
