@@ -3133,7 +3133,18 @@ TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
 
 
 def command(words, log):
-    """Carries out a command line; returns the exit status. Raises BackupError."""
+    """Carries out a command line, and logs what goes wrong; returns the exit status."""
+    try:
+        return dispatch(words, log)
+    except (Exception, KeyboardInterrupt) as problem:
+        stopped = isinstance(problem, KeyboardInterrupt)
+        error: Any = Interrupted(signal.SIGINT) if stopped else problem
+        log_error(reason_of(error), log)
+        return getattr(error, "exit_code", 2)
+
+
+def dispatch(words, log):
+    """Tells the kinds of command lines apart; returns the exit status. Raises BackupError."""
     first = words[0].lower() if words else ""
     if len(words) == 1 and first.lstrip("-") in TEXTS:
         write_text(sys.stdout, TEXTS[first.lstrip("-")]())
@@ -3350,18 +3361,12 @@ def verify_command(words, log):
     return verify(os.path.abspath(top), words[1] if len(words) > 1 else None, log)
 
 
-def main(argv=None):
+def main(argv=None) -> int:
     """Runs the program with these arguments (default: sys.argv's); returns the exit status."""
     os.umask(0o077)
-    log = Log(sys.stdout, sys.stderr, os.environ)
-    try:
-        return command([from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)], log)
-    except (BackupError, KeyboardInterrupt) as error:
-        error = error if isinstance(error, BackupError) else Interrupted(signal.SIGINT)
-        log_error(str(error), log)
-        return error.exit_code
-    finally:
-        log.close()
+    words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ)) as log:
+        return command(words, log)
 
 
 if __name__ == "__main__":
