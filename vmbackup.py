@@ -3301,9 +3301,9 @@ def no_echo(stream):
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
-    write_text(sys.stderr, "Password: ")
-    termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)
+    termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
     try:
+        write_text(sys.stderr, "Password: ")
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
