@@ -103,6 +103,9 @@ GOOD = {
     "keep-alives": lambda: archive(*TWO, keepalive=(1, 3)),
     "SHA-1 as before 2019": lambda: archive(*TWO, sha1=True),
     "SHA-1 and keep-alives": lambda: archive(*TWO, sha1=True, keepalive=(1,)),
+    "ova.xml with a prolog": lambda: with_prolog(b'<?xml version="1.0"?>'),
+    "ova.xml with a prolog and blanks": lambda: with_prolog(
+        b"\n <?xml version='1.0' encoding='UTF-8' ?>\r\n"),
     "zeros behind the end": lambda: archive(*TWO) + bytes(9216),
 }
 
@@ -167,6 +170,10 @@ def resized(member, size):
 
 def with_ova(text):
     return lambda members: xva.ova_member(text) + join(members[1:])
+
+
+def with_prolog(prolog):
+    return replaced(b"<value>", prolog + b"<value>")(split(archive(*TWO)))
 
 
 def replaced(old, new):

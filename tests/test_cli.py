@@ -111,6 +111,23 @@ def test_a_selector_of_nothing_is_refused(tmp_path, selector):
     assert vmbackup("pw", selector, cwd=tmp_path).status == 3
 
 
+@pytest.mark.parametrize("selector", ["exclude=web", "max_backups=3", "EXCLUDE=", "Compress=zstd"])
+def test_a_setting_is_no_selector(refused, selector):
+    line = refused("pw", selector)
+    assert line.startswith("ERROR - invalid parameter %s: " % selector)
+    assert "VM selector" in line
+
+
+@pytest.mark.parametrize("keep", ["9999999999", "9" * 30])
+def test_a_keep_count_has_no_upper_end(sim, tmp_path, keep):
+    result = vmbackup(PASSWORD, "web:" + keep, "host=" + sim.url, "backup_dir=%s" % tmp_path)
+    assert result.status == 0, result
+    assert result.has("  vm-export: web:" + keep)
+    result = vmbackup(PASSWORD, "web:" + keep, "preview", "host=" + sim.url,
+                      "backup_dir=%s" % tmp_path)
+    assert result.has("web: has 1 backups, keeps %s, would delete none" % keep)
+
+
 def test_words_left_of_the_equals_sign_have_no_case(sim, tmp_path):
     result = vmbackup(PASSWORD, "VM-Export=web", "PREVIEW", "HOST=" + sim.url,
                       "Backup_Dir=%s" % tmp_path, "MAX_BACKUPS=7", "compress=TRUE")
@@ -420,6 +437,28 @@ def test_create_password_file_refuses(refused, words):
     refused("pw", *words)
 
 
+def test_create_password_file_needs_a_name(refused):
+    assert refused("pw", "create-password-file=") == (
+        "ERROR - create-password-file= needs the name of a file")
+
+
+@pytest.mark.parametrize("old", [None, "first"])
+def test_a_password_file_that_cannot_be_put_in_its_place(tmp_path, monkeypatch, old):
+    """Nothing of it stays, and the old one does."""
+    def rename(*_):
+        raise OSError(5, "Input/output error")
+
+    path = tmp_path / "pw"
+    if old:
+        program.create_password_file(str(path), old, print)
+    before = path.read_bytes() if old else None
+    monkeypatch.setattr(program.os, "rename", rename)
+    with pytest.raises(program.ConfigError, match="cannot write the password file: Input"):
+        program.create_password_file(str(path), "second", print)
+    assert os.listdir(str(tmp_path)) == ["pw"] * bool(old)
+    assert not old or path.read_bytes() == before
+
+
 def test_a_password_file_is_secret_from_its_first_byte(tmp_path):
     """Its mode comes from its creation, whatever the umask: here it cannot be changed later."""
     code = ("import os, sys; sys.path.insert(0, %r); import vmbackup; os.umask(0);"
@@ -427,6 +466,15 @@ def test_a_password_file_is_secret_from_its_first_byte(tmp_path):
     subprocess.run([sys.executable, "-c", code % str(ROOT), "pw",
                     "create-password-file=%s/pw" % tmp_path], check=True, stdout=subprocess.PIPE)
     assert stat.S_IMODE((tmp_path / "pw").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("words", [["web", "backup_dir=."], ["create-password-file=pw"]])
+def test_an_empty_standard_input_gives_no_password(tmp_path, words):
+    result = vmbackup("-", *words, cwd=tmp_path, input=b"")
+    assert result.status == 3, result
+    assert [line for line in result.lines if "ERROR" in line] == [
+        "ERROR - no password was given on standard input"]
+    assert os.listdir(str(tmp_path)) == []
 
 
 def test_no_standard_input_is_an_empty_password(sim, tmp_path):

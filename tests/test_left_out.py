@@ -115,17 +115,31 @@ def test_the_tools_find_nothing_of_it_in_an_xva(here, tmp_path, compress, suffix
         assert sorted(sizes) == [MIB, 2 * MIB + 512]
 
 
-def test_a_disk_that_the_old_host_will_not_let_go(turn):
-    """That is told, and the original is not touched."""
-    here = turn(pool_with_scratch())
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_disk_that_the_old_host_will_not_let_go(turn, times):
+    """That is an error of this VM, nothing is exported with the disk in it, and the original is not
+    touched."""
+    pool = pool_with_scratch()
+    pool.vm("db", disks=[disk(MIB, "db", seed=4)])
+    here = turn(pool)
     here.sim.fault("snapshot_no_ignore_vdis")
-    here.sim.fault("vdi_destroy_error", vdi=SCRATCH, times=1, error_info=["SR_BACKEND_FAILURE_46"])
-    here.configure("vm-export=web")
+    here.sim.fault("vdi_destroy_error", vdi=SCRATCH, times=times,
+                   error_info=["SR_BACKEND_FAILURE_46"])
+    here.configure("vm-export=web", "vm-export=db")
     before = originals(here.sim)
     result = here.run()
-    assert result.status in (1, 2), result
-    assert result.has("SR_BACKEND_FAILURE_46")
+    assert result.status == 2, result
+    (line,) = [line for line in result.lines if "vm-export web - ***ERROR***" in line]
+    assert "SR_BACKEND_FAILURE_46" in line
+    assert result.lines[-1] == "VmBackup ended - **ERRORS DETECTED** - S:1 W:0 E:1"
+    assert here.sim.methods().count("GET /export") == 1, "that of db"
+    assert not here.folders("web", marked=False)
+    assert len(here.folders("db")) == 1
     assert originals(here.sim) == before
+    if times > 1:  # the snapshot is still there, and goes with the next run
+        assert here.snapshots() == ["RESTORE_web"]
+        here.sim.clear_faults("vdi_destroy_error")
+        assert here.run().status == 0
     here.assert_pool_is_clean()
 
 

@@ -200,6 +200,21 @@ def test_retention_keeps_the_newest_and_touches_nothing_else(site):
         assert (top / stray / "precious").read_text() == "mine"
 
 
+@pytest.mark.parametrize("pattern", ["%F_%T", "nightly %Y%m%d-%H%M", "%F"])
+def test_runs_in_the_same_second_minute_or_day_have_folders_of_their_own(turn, pattern):
+    """Each counts, and the oldest goes, even where a later one takes its name again."""
+    here = turn(small_pool())
+    here.configure("vm-export=db", "max_backups=2", "backup_dir_pattern=" + pattern)
+    made = []
+    for _ in range(4):
+        before = {folder.name: folder.stat().st_ino for folder in here.folders("db")}
+        assert here.run().status == 0
+        after = {folder.name: folder.stat().st_ino for folder in here.folders("db", marked=False)}
+        made += [item for item in after.items() if item not in before.items()]
+        assert set(after.items()) == set(made[-2:])
+    assert len(made) == 4
+
+
 def test_what_a_killed_run_left_is_removed_and_nothing_of_others(site):
     here = site(small_pool())
     here.configure("vm-export=web")

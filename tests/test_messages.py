@@ -178,3 +178,20 @@ def test_what_rbac_hides_is_told(turn):
     result = here.run()
     assert program.ADVICE["VDI_IO_ERROR"] in reasons(result, "vm-export")["witness"]
     assert not result.has(program.ADVICE["RBAC_PERMISSION_DENIED"])
+
+
+def test_a_long_reason_is_told_to_its_end(turn):
+    """That of the storage driver often ends in what it is all about."""
+    here = turn(pool_of_codes())
+    here.configure("vm-export=witness", "vdi-export=VDI_IN_USE",
+                   "report_json=%s/report.json" % here.path)
+    long = ["SR_BACKEND_FAILURE_47", "", "The SR is not available " + "x" * 1500
+            + " the cause at last", ""]
+    here.sim.fault("export_fail", after=MIB, error_info=long)
+    here.sim.fault("snapshot_error", vdi="VDI_IN_USE", error_info=long)
+    result = here.run()
+    assert result.status == 2, result
+    for kind, vm in (("vm-export", "witness"), ("vdi-export", "VDI_IN_USE")):
+        assert " ".join(item for item in long if item) + " (" in reasons(result, kind)[vm]
+    report = (here.path / "report.json").read_text(encoding="utf-8")
+    assert report.count("x the cause at last") == 2

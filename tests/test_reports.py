@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import subprocess
 import sys
 
 import pytest
-from harness import SCRIPT, vmbackup
+from harness import SCRIPT, finish, vmbackup
 from simulator.pool import MIB, Pool, disk
 
 import vmbackup as program
@@ -274,6 +275,106 @@ def test_report_json_of_a_run_that_did_not_start(turn):
     told = json.loads(report.read_text(encoding="utf-8"))
     assert (told["status"], told["exit_status"], told["vms"]) == ("ERROR", 3, [])
     assert "wrong user name or password" in told["error"]
+
+
+def node(path, kind, minor=0):
+    """A device of the memory driver (or a FIFO), made here so that nothing of the machine's own can
+    be replaced."""
+    try:
+        os.mknod(str(path), kind | 0o600, os.makedev(1, minor))
+        os.close(os.open(str(path), os.O_RDWR | os.O_NONBLOCK))
+    except PermissionError:
+        pytest.skip("devices need root and a file system that takes them")
+    return path
+
+
+NULL, FULL = 3, 7
+
+
+def kind_and_bytes(path):
+    """What must stay as it is at a path."""
+    info = os.lstat(str(path))
+    return info.st_ino, info.st_mode, info.st_rdev, (
+        path.read_bytes() if stat.S_ISREG(info.st_mode) else None)
+
+
+def test_report_json_at_the_end_of_a_link(turn):
+    here = turn(three_vms())
+    (here.path / "share").mkdir()
+    link, target = here.path / "report.json", here.path / "share" / "vmbackup.json"
+    link.symlink_to("share/vmbackup.json")
+    here.configure("vm-export=web", "report_json=%s" % link)
+    for _ in range(2):  # one that is not there yet, and one that is
+        assert here.run().status == 0
+        assert os.readlink(str(link)) == "share/vmbackup.json"
+        assert json.loads(target.read_text(encoding="utf-8"))["status"] == "SUCCESS"
+        assert os.listdir(str(target.parent)) == ["vmbackup.json"]
+        target.write_text("the last one")
+
+
+def test_one_vm_at_a_time_has_its_begin_and_end_side_by_side(turn):
+    here = turn(three_vms())
+    here.sim.fault("snapshot_error", vm="db")
+    here.sim.fault("vm_destroy_error", vm="old")
+    here.sim.add_vm({"name": "app", "disks": [disk(MIB)]})
+    here.configure("vdi-export=web", "vm-export=db", "vm-export=gone", "vm-export=old",
+                   "vm-export=app", "parallel=1")
+    assert here.run().status == 2
+    first, *lines, last = [line.split(",")[0:1] + line.split(",")[2:] for line in
+                           status_lines(here)]
+    assert first == ["vmbackup.py", "begin"]
+    assert last == ["vmbackup.py", "end", "ERROR", "S:2 W:1 E:2"]
+    assert len(lines) == 10
+    for begin, end in zip(lines[::2], lines[1::2]):
+        assert begin[1] == "begin" and end[1] == "end"
+        assert begin[0] == end[0] and end[2].endswith(" " + begin[2]), (begin, end)
+    assert [line[2] for line in lines[::2]] == ["web", "db", "gone", "old", "app"]
+
+
+def warned_of_status_log(result):
+    assert result.status == 1, result
+    (line,) = [line for line in result.lines if "status log" in line]
+    assert line.startswith("***WARNING - the status log cannot be written: ")
+    assert result.lines[-1] == "VmBackup ended - **WARNING(s)** - S:3 W:0 E:0"
+    return line
+
+
+def test_a_status_log_on_a_full_disk_is_one_warning(turn):
+    here = turn(three_vms())
+    here.status_log = node(here.path / "full", stat.S_IFCHR, FULL)
+    here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
+    line = warned_of_status_log(here.run())
+    assert "No space left on device" in line
+    told = json.loads((here.path / "report.json").read_text(encoding="utf-8"))
+    assert (told["exit_status"], told["warnings"]) == (1, [line])
+
+
+def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
+    here = turn(three_vms())
+    here.status_log = here.path / "log" / "status.log"
+    here.status_log.parent.mkdir()
+    here.configure("vm-export=.*")
+    process = here.start()
+    here.sim.fault("kill_client_at", pid=process.pid, signal=signal.SIGSTOP, method="GET /export",
+                   skip=1)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    assert len(status_lines(here)) == 4
+    here.status_log.unlink()
+    here.status_log.parent.rmdir()
+    process.send_signal(signal.SIGCONT)
+    assert "No such file or directory" in warned_of_status_log(finish(process))
+    assert not here.status_log.parent.exists()
+
+
+def test_a_status_log_that_nobody_wants_is_no_warning(turn):
+    here = turn(three_vms())
+    here.status_log = node(here.path / "null", stat.S_IFCHR, NULL)
+    here.configure("vm-export=web")
+    before = kind_and_bytes(here.status_log)
+    result = here.run()
+    assert result.status == 0, result
+    assert not result.has("WARNING")
+    assert kind_and_bytes(here.status_log) == before
 
 
 def test_a_reader_that_went_away_stops_no_backup(turn):

@@ -696,6 +696,22 @@ def test_vdi_in_use_and_destroy_errors(sim, api):
     api.xenapi.VDI.destroy(vdi)
 
 
+def test_fields_that_are_missing_and_filters_that_find_nothing(sim, api):
+    calls, vm = api.xenapi.VM, sim.ref("VM", "tiny")
+    whole = calls.get_record(vm)
+    sim.fault("fields_missing", cls="VM", fields=["uuid", "tags"])
+    short = {name: value for name, value in whole.items() if name not in ("uuid", "tags")}
+    assert calls.get_record(vm) == calls.get_all_records()[vm] == short
+    assert calls.get_all_records_where("true")[vm] == short
+    assert set(next(iter(api.xenapi.VDI.get_all_records().values()))) >= {"uuid", "tags"}
+    sim.clear_faults()
+    assert calls.get_record(vm) == whole
+    sim.fault("where_empty", cls="VM")
+    assert calls.get_all_records_where("true") == {}
+    assert calls.get_all_records()
+    assert api.xenapi.VDI.get_all_records_where("true")
+
+
 def test_calls_that_go_wrong(sim, api):
     vm = sim.ref("VM", "tiny")
     sim.fault("rpc_error", method="VM.get_uuid", error_info=["X", "y"], skip=1, times=1)

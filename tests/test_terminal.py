@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -271,6 +272,41 @@ def test_ctrl_c_at_the_question(turn, terminal):
     assert not here.sim.calls()
 
 
+def asked(term):
+    """Waits for the question, and until what is typed does not show."""
+    term.until(lambda: "assword" in term.row and not term.echoes())
+
+
+def test_ctrl_d_at_the_question(turn, terminal):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    term = terminal("-", here.config)
+    asked(term)
+    term.type("\x04")
+    term.until(lambda: any("ERROR" in row for row in term.rows))
+    assert term.echoes()
+    assert term.end() == 3
+    (error,) = [row for row in term.rows if "ERROR" in row]
+    assert LINE.match(error).group(1) == "ERROR - no password was given on standard input"
+    assert b"Traceback" not in term.raw
+    assert not here.sim.calls()
+
+
+def test_a_password_beyond_ascii_is_typed_where_the_locale_is_none(turn, terminal, tmp_path):
+    password = "Gr\u00fcn3s H\u00e4uschen \u6771\u4eac \U0001f418"
+    here = turn(Pool(password=password))
+    here.sim.add_vm({"name": "web"})
+    here.configure("vm-export=web")
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in ([here.config, "preview"], ["create-password-file=%s" % (tmp_path / "pass")]):
+        term = terminal("-", *words, env=env)
+        asked(term)
+        term.type(password + "\n")
+        assert term.end() == 0, term.rows
+        assert password.encode("utf-8") not in term.raw
+    assert terminal(tmp_path / "pass", here.config, "preview", env=env).end() == 0
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 def test_progress_rewrites_itself_and_leaves_log_lines_whole(turn, terminal):
@@ -311,17 +347,22 @@ def test_progress_at_the_terminal_and_the_log_in_a_file(turn, terminal, tmp_path
     assert "vm-export gone - ***ERROR***" in log
 
 
-def test_progress_is_not_longer_than_the_terminal_is_wide(turn, terminal):
+@pytest.mark.parametrize("columns, in_a_file", [(40, False), (30, True)])
+def test_progress_is_not_longer_than_the_terminal_is_wide(turn, terminal, tmp_path, columns,
+                                                          in_a_file):
+    """Whether standard output, of which Python would tell the width, is that terminal or not."""
     here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=db", "parallel=2")
     lets = gate(here, "web"), gate(here, "db")
-    term = terminal(here.sim.password, here.config, columns=40)
-    term.until(lambda: re.match("web: 2 of|db: 2 of", term.row))
-    term.until(lambda: len(term.erased) >= 2)
-    assert max(map(len, term.erased)) < 40
-    for let in lets:
-        let()
-    assert term.end() == 0
+    with (tmp_path / "log").open("wb") as log:
+        term = terminal(here.sim.password, here.config, columns=columns,
+                        stdout=log if in_a_file else None)
+        term.until(lambda: re.match("web: 2 of|db: 2 of", term.row))
+        term.until(lambda: len(term.erased) >= 2)
+        assert max(map(len, term.erased)) == columns - 1, "the columns that there are are used"
+        for let in lets:
+            let()
+        assert term.end() == 0
 
 
 def test_what_is_to_expect_follows_the_tasks_progress(turn, terminal):
@@ -363,7 +404,7 @@ def test_the_terminal_is_closed_in_an_export(turn, terminal):
     term.until(lambda: "web: 1 of about 4 MiB" in term.row)
     term.hang_up()
     here.sim.clear_faults()
-    assert term.process.wait(60) != 0
+    assert term.process.wait(60) == 128 + signal.SIGHUP
     assert not here.folders("web", marked=False)
     here.assert_pool_is_clean()
 
@@ -431,7 +472,8 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
         return [line for line in (tmp_path / "log").read_text().splitlines() if " left" in line]
 
     set_clock(tmp_path, 0)
-    with (tmp_path / "log").open("wb") as log, (tmp_path / "err").open("wb") as err:
+    log, err = (tmp_path / "log").open("wb"), (tmp_path / "err").open("wb")
+    with log, err:
         process = start([here.sim.password, here.config], subprocess.DEVNULL, log, err,
                         jump=tmp_path / "jump", constants=TICKS)
     try:
@@ -460,11 +502,12 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
 
 # --- colour ---------------------------------------------------------------------------------------
 
-def test_errors_and_warnings_alone_are_coloured(turn, terminal):
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": ""}])  # an empty one does not count
+def test_errors_and_warnings_alone_are_coloured(turn, terminal, env):
     here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=gone", "exclude=nobody")
     here.sim.fault("vm_destroy_error", vm="web")
-    term = terminal(here.sim.password, here.config, columns=200)
+    term = terminal(here.sim.password, here.config, columns=200, env=env)
     assert term.end() == 2
     assert_log(term.rows)
     seen = set()

@@ -242,7 +242,7 @@ def _generic(cls, verb):
         parameters, function = whole[verb]
         return parameters, _locked(function)
     if verb == "get_record":
-        return "ref:" + cls, _locked(lambda call, ref: call.db.xml(cls, ref))
+        return "ref:" + cls, _locked(lambda call, ref: _encoder(call, cls)(cls, ref))
     if verb == "get_by_uuid":
         return "str", _locked(lambda call, uuid: _by_uuid(call, cls, uuid))
     action, _, field = verb.partition("_")
@@ -281,13 +281,24 @@ def _records(call, cls, expression):
             test = dbfilter.compile_filter(cls, expression)
         except dbfilter.BadFilter as error:
             raise XapiError("INVALID_VALUE", "expr", "%s: %s" % (expression, error)) from None
+        if call.faults.take("where_empty", cls=cls, host=call.host):
+            return ["<value><struct></struct></value>"]
     parts = ["<value><struct>"]
-    xml = call.db.xml
+    xml = _encoder(call, cls)
     for ref, record in call.db.tables[cls].items():
         if test is None or test(ref, record):
             parts += ("<member><name>", ref, "</name>", xml(cls, ref), "</member>")
     parts.append("</struct></value>")
     return parts
+
+
+def _encoder(call, cls):
+    """The function that encodes a record (class, reference), without the fields that are missing
+    on this host."""
+    fault = call.faults.take("fields_missing", cls=cls, host=call.host)
+    if fault is None:
+        return call.db.xml
+    return lambda cls, ref: xmlrpc.record(cls, call.db.get(cls, ref), fault.get("fields"))
 
 
 def _by_uuid(call, cls, uuid):

@@ -70,6 +70,9 @@ CALLS.  ``method`` is e.g. "VM.snapshot" (its Async form counts as well), or "*"
     vdi_in_use          VDI.destroy fails with VDI_IN_USE
     vm_destroy_error    VM.destroy fails with error_info
     vdi_destroy_error   VDI.destroy fails with error_info
+    fields_missing      records of the class ``cls`` come without these ``fields`` (a list), as from
+                        a host of another version
+    where_empty         get_all_records_where finds nothing, in the class ``cls`` (default: in any)
 
 ACTIONS happen at a moment: when a call of ``method`` comes ("GET /export" and the like are methods
 too), ``moment`` as above; or at byte ``after`` of a body of ``path`` (wire); with neither, at once.
@@ -152,6 +155,8 @@ FAULTS = {
     "vdi_in_use": set(),
     "vm_destroy_error": {"error_info"},
     "vdi_destroy_error": {"error_info"},
+    "fields_missing": {"cls", "fields"},
+    "where_empty": {"cls"},
 }
 ACTIONS = {
     "kill_client_at": {"pid", "signal"},
@@ -197,12 +202,14 @@ class Fault:
         """Whether it is an action that waits for nothing."""
         return self.name in ACTIONS and not {"method", "after"} & set(self.options)
 
-    def matches(self, path=None, method=None, moment=None, host=None, vm=(), vdi=()):
+    def matches(self, path=None, method=None, moment=None, host=None, vm=(), vdi=(), cls=None):
         """Whether it concerns this occasion."""
         options = self.options
         if self.left == 0:
             return False
         if "host" in options and options["host"] != host:
+            return False
+        if options.get("cls", cls) != cls:
             return False
         if "vm" in options and options["vm"] not in vm:
             return False

@@ -71,10 +71,12 @@ _RECORD_PARTS = {
 }
 
 
-def record(cls, fields):
-    """A whole record of the class, encoded."""
+def record(cls, fields, missing=()):
+    """A whole record of the class, or one without the missing fields, encoded."""
     parts = ["<value><struct>"]
     for name, kind, default, text in _RECORD_PARTS[cls]:
+        if name in missing:
+            continue
         value = fields[name]
         parts.append(text if value == default else _member(name, kind, value))
     parts.append("</struct></value>")
