@@ -2104,12 +2104,14 @@ class VmBackup:
         return expected
 
     def _make_folder(self):
-        moment, folder = datetime.datetime.now(), None
+        moment, tried, folder = datetime.datetime.now(), "", None
         while not folder:
             name = moment.strftime(self.settings.backup_dir_pattern)
-            with contextlib.suppress(FileExistsError):  # two in one second, or a clock set back
-                os.mkdir(os.path.join(self.vm_dir, native(name)), 0o700)
-                folder = os.path.join(self.vm_dir, native(name))
+            if name != tried:  # a pattern may have no seconds
+                with contextlib.suppress(FileExistsError):  # two at once, or a clock set back
+                    os.mkdir(os.path.join(self.vm_dir, native(name)), 0o700)
+                    folder = os.path.join(self.vm_dir, native(name))
+            tried = name
             moment += datetime.timedelta(seconds=1)
         self.folder = folder
         self._write_file(UNFINISHED, "", listed=False)
@@ -2564,12 +2566,12 @@ class Run:
             self.outcomes.append(self._back_up_pool_db(xapi))
         self._back_up_vms(xapi, new_xapi, choices)
         self.log("Space after backups: %s" % self._space())
-        code = 128 + self.stop.signum if self.stop.signum else self._verdict()
-        short, text = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}.get(
-            code, ("ERROR", "**ERRORS DETECTED**"))
         tally = "S:%d W:%d E:%d" % self.counts()
-        self.status("vmbackup.py", "end", short, tally)
-        self.log("VmBackup ended - %s - %s" % (text, tally))
+        words = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}
+        failed = ("ERROR", "**ERRORS DETECTED**")
+        self.status("vmbackup.py", "end", words.get(self._verdict(), failed)[0], tally)
+        code = self._verdict()  # once more: that line too may have been the first that failed
+        self.log("VmBackup ended - %s - %s" % (words.get(code, failed)[1], tally))
         return code
 
     def _back_up_vms(self, xapi, new_xapi, choices):
@@ -2682,7 +2684,9 @@ class Run:
         return len(vms) - len(warned), len(warned), len(failed)
 
     def _verdict(self):
-        """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked."""
+        """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked, 128+n."""
+        if self.stop.signum:
+            return 128 + self.stop.signum
         if any(item.error for item in self.outcomes):
             return 4 if all(item.locked for item in self.outcomes) else 2
         return 1 if self.settings.warnings or any(item.warnings for item in self.outcomes) else 0
@@ -3167,6 +3171,7 @@ def dispatch(words, log):
     try:
         log("VmBackup config loaded from: %s" % words[1] if settings.config_file else
             "VmBackup vm selector: %s (there is no config file of that name)" % words[1])
+        check_report(settings)
         local = words[0] == "local"
         hosts = make_hosts(settings, local)
         run.host = ", ".join(map(str, hosts))
@@ -3254,7 +3259,6 @@ def check_paths(settings):
         fits = file and os.path.isdir(os.path.dirname(file) or ".") and not os.path.isdir(file)
         if file and not fits:
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
-    check_report(settings)
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
@@ -3267,15 +3271,17 @@ def check_paths(settings):
 
 
 def check_report(settings):
-    """Raises ConfigError if report_json would replace something else than a report."""
-    path = settings.report_json
-    if path and os.path.exists(path):
-        for key in ("config_file", "status_log", "tls_ca", "smtp_password_file"):
-            other = getattr(settings, key)
-            if other and os.path.exists(other) and os.path.samefile(path, other):
-                raise ConfigError("ERROR - report_json=%s would replace the %s" % (path, key))
-        if not os.path.isfile(path):
-            raise ConfigError("ERROR - report_json=%s is no regular file" % path)
+    """Raises ConfigError if report_json would replace something else than a report; it is taken
+    out of the settings then, or the report of just this error would."""
+    path, settings.report_json = settings.report_json, None
+    for key in ("config_file", "status_log", "tls_ca", "smtp_password_file") if path else ():
+        other = getattr(settings, key)
+        used = other and (key != "status_log" or settings.config_file)
+        if used and os.path.realpath(path) == os.path.realpath(other):
+            raise ConfigError("ERROR - report_json=%s would replace the %s" % (path, key))
+    if path and os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError("ERROR - report_json=%s is no regular file" % path)
+    settings.report_json = path
 
 
 def make_hosts(settings, local):

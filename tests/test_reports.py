@@ -298,6 +298,44 @@ def kind_and_bytes(path):
         path.read_bytes() if stat.S_ISREG(info.st_mode) else None)
 
 
+@pytest.mark.parametrize("named, more", [
+    ("fifo", ""), ("device", ""), ("config_file", ""), ("status_log", ""), ("tls_ca", ""),
+    ("smtp_password_file", ""), ("link", ""), ("device", "backup_dir=/nonexistent"),
+    ("config_file", "tls_ca=/nonexistent")])
+def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
+    """And what is there stays there, whatever else was wrong before that."""
+    here = turn(three_vms())
+    (here.path / "pass").write_bytes(b"c2VjcmV0")
+    (here.path / "ca.pem").write_text(open(here.sim.certificate).read())
+    here.status_log.write_text("an older line\n")
+    path = {"fifo": here.path / "fifo", "device": here.path / "device",
+            "config_file": here.config, "status_log": here.status_log,
+            "tls_ca": here.path / "ca.pem", "smtp_password_file": here.path / "pass",
+            "link": here.path / "link"}[named]
+    if named in ("fifo", "device"):
+        node(path, stat.S_IFIFO if named == "fifo" else stat.S_IFCHR, NULL)
+    elif named == "link":
+        path.symlink_to(here.config)
+    here.configure("vm-export=web", "report_json=%s" % path, "tls_ca=%s/ca.pem" % here.path,
+                   "smtp_password_file=%s/pass" % here.path, more or "# nothing more")
+    before = {item: kind_and_bytes(item) for item in here.path.iterdir() if item != here.backups}
+    result = here.run()
+    assert result.status == 3, result
+    (line,) = [line for line in result.lines if "ERROR" in line]
+    assert more or "report_json=%s" % path in line
+    assert {item: kind_and_bytes(item) for item in here.path.iterdir()
+            if item != here.backups} == before
+    assert not here.sim.calls()
+
+
+def test_report_json_that_is_to_be_the_status_log_is_refused_before_there_is_one(turn):
+    here = turn(three_vms())
+    here.configure("vm-export=web", "report_json=%s" % here.status_log)
+    result = here.run()
+    assert result.status == 3, result
+    assert not here.status_log.exists()
+
+
 def test_report_json_at_the_end_of_a_link(turn):
     here = turn(three_vms())
     (here.path / "share").mkdir()

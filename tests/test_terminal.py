@@ -18,6 +18,8 @@ import pytest
 from harness import LINE, ROOT
 from simulator.pool import MIB, Pool, disk
 
+import vmbackup as program
+
 FIGURES = r"%s: 2 of about 4 MiB, \d+ MB/s, \d+:\d\d left"
 TICKS = {"SILENCE": 0.1}  # the host is asked at each tick of the watch: so a test can count them
 DRIVER = """
@@ -275,6 +277,18 @@ def test_ctrl_c_at_the_question(turn, terminal):
 def asked(term):
     """Waits for the question, and until what is typed does not show."""
     term.until(lambda: "assword" in term.row and not term.echoes())
+
+
+def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
+    """Or what is typed at once would show, and be dropped as well."""
+    master, slave = pty.openpty()
+    told = []
+    monkeypatch.setattr(program, "write_text", lambda _, text: told.append(
+        (text, bool(termios.tcgetattr(master)[3] & termios.ECHO))))
+    with open(slave, "rb", buffering=0) as stream, program.no_echo(stream):
+        pass
+    os.close(master)
+    assert told == [("Password: ", False), ("\n", True)]
 
 
 def test_ctrl_d_at_the_question(turn, terminal):

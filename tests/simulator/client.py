@@ -75,10 +75,12 @@ class Simulator:
 
     def stop(self):
         """End it."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(60)
-        self._process.stdin.close()
+        self._process.stdin.close()  # it ends with its standard input
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:  # a thread of it still holds something: nobody needs it
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
 
     def __enter__(self):
