@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from harness import SCRIPT, finish, vmbackup
@@ -306,7 +307,7 @@ def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
     """And what is there stays there, whatever else was wrong before that."""
     here = turn(three_vms())
     (here.path / "pass").write_bytes(b"c2VjcmV0")
-    (here.path / "ca.pem").write_text(open(here.sim.certificate).read())
+    (here.path / "ca.pem").write_text(Path(here.sim.certificate).read_text())
     here.status_log.write_text("an older line\n")
     path = {"fifo": here.path / "fifo", "device": here.path / "device",
             "config_file": here.config, "status_log": here.status_log,
