@@ -2460,7 +2460,8 @@ def preview_vms(settings, xapi, vms, selection, log):
             log("***ERROR - %s: %s" % (choice.name, describe(error)))
             bad += 1
     free = shutil.disk_usage(settings.backup_dir).free
-    log("together about %s to expect, %s free" % (size_text(total), size_text(free)))
+    hint = "" if total <= free else ": the last ones may not fit"
+    log("together about %s to expect, %s free%s" % (size_text(total), size_text(free), hint))
     return bad
 
 
@@ -2484,6 +2485,9 @@ def _preview_vm(settings, choice, vm, disks, log):
     why = "the oldest beyond %d" % keep
     text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
     log("%s: has %d backups, keeps %d, %s" % (choice.name, len(backups(folders)), keep, text))
+    for item in folders:
+        if item.created is not None and not item.marker and item.partial:
+            log("%s: would remove the unfinished backup %s" % (choice.name, item.name))
     if not simple and choice.rule.name == choice.name:
         log("NOTE - %s: not a simple name but a regular expression, it may match others too"
             % choice.name)

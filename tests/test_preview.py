@@ -147,6 +147,7 @@ def test_preview_changes_nothing(turn):
         assert method.startswith("session.log") or ".get_" in method
     assert result.has("web: has 6 backups, keeps 4, would delete backup-2026-01-01-(02:00:00),"
                       " backup-2026-01-02-(02:00:00), backup-2026-01-03-(02:00:00)")
+    assert result.has("web: would remove the unfinished backup backup-2026-01-09-(02:00:00)")
     assert result.has("left out [NOBAK]")
 
 
@@ -155,7 +156,9 @@ def test_a_disk_too_small_is_foretold(turn):
     pool.vm("web", disks=[disk(4 << 50, content="zeros")])
     here = turn(pool)
     here.configure("vm-export=web", "compress=zstd")
-    assert here.run("preview", "space_check=False").status == 0
+    result = here.run("preview", "space_check=False")
+    assert result.status == 0
+    assert result.has("free: the last ones may not fit")
     result = here.run("preview", "compress=False")
     assert result.status == 2, result
     assert result.has("ERROR - web: ")
