@@ -154,3 +154,11 @@ def test_a_key_is_proof_unless_it_was_inherited(turn):
     # A second run finds nothing to remove, and again leaves these.
     assert not here.run().has("removing the leftover")
     here.assert_pool_is_clean(left)
+
+
+@pytest.mark.parametrize("fault", ["rpc_http", "rpc_drop"])
+def test_a_host_that_breaks_off_at_its_filter_is_not_asked_so_again(here, fault):
+    for cls in CLASSES:
+        here.sim.fault(fault, method=cls + ".get_all_records_where")
+    calls = backs_up(here)
+    assert len([method for method, _ in calls if method.endswith("_where")]) <= 2
