@@ -1239,6 +1239,12 @@ def send(session, method, args):
         raise ConnectionLost(error) from None
 
 
+def task_error(record, doing=""):
+    """The XapiError of a task's record that ended otherwise than well; a cancelled task tells no
+    error of its own (taskHelper.ml)."""
+    return XapiError(record["error_info"] or ["TASK_CANCELLED"], doing)
+
+
 class Xapi:
     """A logged-in session at the pool master, for one thread.
 
@@ -1408,7 +1414,7 @@ class Xapi:
                 self.call("task.destroy", task)
         if record["status"] != "success":
             stop.check()
-            raise XapiError(record["error_info"] or ["TASK_CANCELLED"], method)
+            raise task_error(record, method)
         return re.sub(r"</?value>", "", record["result"]).strip()  # Async wraps it in XML
 
     def member(self, address):
@@ -1508,7 +1514,7 @@ class Export:
         """
         self.stop.check()  # a task that nothing was begun with stays pending, even if destroyed
         try:
-            self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
+            self._make_task()
             self.stop.exports.add(self)
             self._open()
             return self
@@ -1516,6 +1522,9 @@ class Export:
             self._ended = True
             self.__exit__()
             raise
+
+    def _make_task(self):
+        self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
 
     def _open(self):
         endpoint, target, renewed, hops = self._endpoint, None, False, 0
@@ -1537,7 +1546,7 @@ class Export:
                 self.xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
                 with contextlib.suppress(XapiError):
                     self.xapi.call("task.destroy", self.task)
-                self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
+                self._make_task()
             elif status in (301, 302, 307, 308) and location and hops < 5:
                 hops += 1
                 url = urllib.parse.urlsplit(location)
@@ -1619,7 +1628,7 @@ class Export:
                 time.sleep(pause)
                 record = self.xapi.call("task.get_record", self.task)
                 if record["status"] in ("failure", "cancelled"):
-                    return XapiError(record["error_info"] or ["TASK_CANCELLED"])
+                    return task_error(record)
         return None
 
     def verdict(self):
@@ -1638,8 +1647,7 @@ class Export:
                 self._ended = True
                 if record["status"] == "success":
                     return True
-                raise XapiError(record["error_info"] or ["TASK_CANCELLED"],
-                                "the export's task failed")
+                raise task_error(record, "the export's task failed")
             if time.monotonic() > deadline:
                 raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
             self.stop.check()
@@ -1954,6 +1962,10 @@ class Outcome:
         self.status = "ERROR"  # upstream's word for the step that is under way
         self.bytes, self.seconds, self.locked = 0, 0.0, False
         self.checks, self.warnings, self.pruned = [], [], []
+
+    @property
+    def result(self):
+        return "ERROR" if self.error else "WARNING" if self.warnings else "SUCCESS"
 
     @contextlib.contextmanager
     def recorded(self):
@@ -2373,7 +2385,7 @@ class VmBackup:
             with tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 file: Any = archive.extractfile("ova.xml")
                 return minidom.parseString(file.read()).toprettyxml("  ")  # noqa: S318
-        except (tarfile.TarError, KeyError, xml.parsers.expat.ExpatError) as error:
+        except Exception as error:  # tarfile and expat raise nearly anything at other bytes
             raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
 
 
@@ -2506,6 +2518,11 @@ def _preview_vm(settings, choice, vm, disks, log):
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
 
 
+def status_word(exit_status):
+    """What the status log, mail and report_json call a run that ended so."""
+    return {0: "SUCCESS", 1: "WARNING"}.get(exit_status, "ERROR")
+
+
 def short_host_name():
     return socket.gethostname().split(".")[0]
 
@@ -2572,11 +2589,10 @@ class Run:
         self._back_up_vms(xapi, new_xapi, choices)
         self.log("Space after backups: %s" % self._space())
         tally = "S:%d W:%d E:%d" % self.counts()
-        words = {0: ("SUCCESS", "Success"), 1: ("WARNING", "**WARNING(s)**")}
-        failed = ("ERROR", "**ERRORS DETECTED**")
-        self.status("vmbackup.py", "end", words.get(self._verdict(), failed)[0], tally)
+        self.status("vmbackup.py", "end", status_word(self._verdict()), tally)
         code = self._verdict()  # once more: that line too may have been the first that failed
-        self.log("VmBackup ended - %s - %s" % (words.get(code, failed)[1], tally))
+        text = {0: "Success", 1: "**WARNING(s)**"}.get(code, "**ERRORS DETECTED**")
+        self.log("VmBackup ended - %s - %s" % (text, tally))
         return code
 
     def _back_up_vms(self, xapi, new_xapi, choices):
@@ -2662,8 +2678,7 @@ class Run:
         if outcome.error:
             return "%s %s" % (outcome.status, outcome.name)
         return "%s %s,elapse:%d size:%dG" % (
-            "WARNING" if outcome.warnings else "SUCCESS", outcome.name, outcome.seconds // 60,
-            outcome.bytes // (1 << 30))  # fmt: skip
+            outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
 
     def _tell(self, outcome):
         self.outcomes.append(outcome)
@@ -2920,22 +2935,18 @@ def write_shared(path, mode, data):
         sync(file.fileno())
 
 
-def status_word(run):
-    return {0: "SUCCESS", 1: "WARNING"}.get(run.exit_status, "ERROR")
-
-
 def report(run):
     """The object of report_json; the README describes it."""
     return {
         "version": __version__, "server": short_host_name(), "host": run.host, "pool": run.pool,
         "start": run.start.isoformat(), "end": datetime.datetime.now().isoformat(),
         "seconds": round(time.monotonic() - run.begin, 3),
-        "status": status_word(run), "exit_status": run.exit_status, "error": run.error,
+        "status": status_word(run.exit_status), "exit_status": run.exit_status, "error": run.error,
         "counts": dict(zip(("success", "warning", "error"), run.counts())),
         "warnings": run.settings.warnings,
         "vms": [{
             "name": item.name, "uuid": item.uuid, "kind": item.kind,
-            "status": "ERROR" if item.error else "WARNING" if item.warnings else "SUCCESS",
+            "status": item.result,
             "folder": item.folder, "file": item.file, "bytes": item.bytes,
             "seconds": round(item.seconds, 3),
             "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
@@ -2967,7 +2978,7 @@ def send_mail(run, lines):
     import smtplib
     from email.message import EmailMessage
 
-    settings, message, word = run.settings, EmailMessage(), status_word(run)
+    settings, message, word = run.settings, EmailMessage(), status_word(run.exit_status)
     server = socket.gethostname()  # as in upstream's subject, for those who filter by it
     message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
                                    % (word, server, run.pool, run.host))

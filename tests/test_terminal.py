@@ -249,11 +249,17 @@ def test_a_password_file_is_made_of_what_is_typed(turn, terminal, tmp_path):
     assert terminal(tmp_path / "pass", here.config, "preview").end() == 0
 
 
-def test_a_wrong_password_at_the_terminal(turn, terminal):
+def at_the_question(turn, terminal):
+    """A site, and the terminal of a run there that asks for the password."""
     here = turn(two_vms())
     here.configure("vm-export=web")
     term = terminal("-", here.config)
     term.until(lambda: "assword" in term.row)
+    return here, term
+
+
+def test_a_wrong_password_at_the_terminal(turn, terminal):
+    _, term = at_the_question(turn, terminal)
     term.type("swordfish\n")
     assert term.end() == 3
     assert "wrong user name or password" in term.rows[-1]
@@ -262,10 +268,7 @@ def test_a_wrong_password_at_the_terminal(turn, terminal):
 
 def test_ctrl_c_at_the_question(turn, terminal):
     """The run ends as by a signal, and the terminal echoes again."""
-    here = turn(two_vms())
-    here.configure("vm-export=web")
-    term = terminal("-", here.config)
-    term.until(lambda: "assword" in term.row)
+    here, term = at_the_question(turn, terminal)
     term.type("\x03")
     term.until(lambda: any("stopped by signal 2" in row for row in term.rows))
     assert term.echoes()
