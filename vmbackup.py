@@ -649,21 +649,24 @@ def _error_text(view):
 
 
 class Checker:
-    """Base of the checkers. _parse() is a generator that yields how many bytes it wants next and
-    is sent just those, as a memoryview; one over 64 KiB is valid until the next such one."""
+    """Base of the checkers. _parse() is a generator: it yields a number of bytes and is sent just
+    those, or it yields (number, take), and take(view) gets them piece by piece, uncopied."""
 
     def __init__(self):
-        self._parser, self._large = self._parse(), bytearray()
-        self._expect(next(self._parser))
+        self._parser, self._kept = self._parse(), bytearray()
+        self._proceed(None)
 
     def _parse(self):
         raise NotImplementedError
 
-    def _expect(self, want):
-        self._want, self._got = want, 0
-        if want > max(len(self._large), 65536):
-            self._large = bytearray(want)  # reused: fresh memory for each chunk costs CPU
-        self._piece = memoryview(self._large if want > 65536 else bytearray(want))[:want]
+    def _proceed(self, data):
+        self._want = 0
+        with contextlib.suppress(StopIteration):
+            while not self._want:
+                wanted, self._kept = self._parser.send(data), bytearray()
+                self._want, self._take = (
+                    wanted if isinstance(wanted, tuple) else (wanted, self._kept.extend))
+                data = b""
 
     def feed(self, data):
         view = memoryview(data)
@@ -671,15 +674,11 @@ class Checker:
             if not self._want:
                 self._after(view)
                 return
-            count = min(self._want - self._got, len(view))
-            self._piece[self._got : self._got + count] = view[:count]
-            self._got += count
-            view = view[count:]
-            if self._got == self._want:
-                try:
-                    self._expect(self._parser.send(self._piece))
-                except StopIteration:
-                    self._expect(0)
+            piece, view = view[: self._want], view[self._want :]
+            self._take(piece)
+            self._want -= len(piece)
+            if not self._want:
+                self._proceed(bytes(self._kept))
 
     def _after(self, view):
         """Bytes after the end."""
@@ -693,23 +692,39 @@ class Checker:
 
 
 def find_xxh64():
-    """A function that gives the XXH64 of a buffer as a number, from the package xxhash or the
-    system's libxxhash; None where there is neither."""
+    """What makes an XXH64 with hashlib's update() and hexdigest(): from the package xxhash or by
+    the system's libxxhash; None where there is neither."""
     try:
-        import xxhash
+        from xxhash import xxh64
 
-        return xxhash.xxh64_intdigest
+        return xxh64
     except ImportError:
         pass
     try:
         import ctypes
 
-        function = ctypes.CDLL("libxxhash.so.0").XXH64
+        library = ctypes.CDLL("libxxhash.so.0")
+        reset, update, digest = library.XXH64_reset, library.XXH64_update, library.XXH64_digest
     except (ImportError, OSError, AttributeError):
         return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong]
-    function.restype = ctypes.c_ulonglong
-    return lambda view: function((ctypes.c_char * len(view)).from_buffer(view), len(view), 0)
+    reset.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
+    update.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    digest.argtypes, digest.restype = [ctypes.c_void_p], ctypes.c_ulonglong
+
+    class Xxh64:
+        def __init__(self):
+            self._state = ctypes.create_string_buffer(256)  # XXH64_state_t needs 88
+            reset(self._state, 0)
+
+        def update(self, view):
+            array = ctypes.c_char * len(view)
+            update(self._state, bytes(view) if view.readonly else array.from_buffer(view),
+                   len(view))
+
+        def hexdigest(self):
+            return "%016x" % digest(self._state)
+
+    return Xxh64
 
 
 class XvaCheck(Checker):
@@ -722,7 +737,7 @@ class XvaCheck(Checker):
     """
 
     def __init__(self):
-        self._xxh64 = find_xxh64()
+        self._kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
         self._name = "the very beginning"
         self._disks = {}
         self._chunks = self._hashed = 0
@@ -732,10 +747,10 @@ class XvaCheck(Checker):
         name, size = self._member((yield 512))
         if name != "ova.xml" or not 0 < size <= 256 * MIB:
             raise ArchiveError("the archive does not begin with ova.xml")
-        self._disks = expected_disks(bytes((yield size + -size % 512)[:size]))
+        self._disks = expected_disks((yield size + -size % 512)[:size])
         disk, offset, last, unit, done = None, 0, -1, None, []
         block = yield 512
-        while bytes(block).strip(b"\0"):
+        while block.strip(b"\0"):
             name, size = self._member(block)
             match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
             if not match or size > 64 * MIB:
@@ -757,36 +772,41 @@ class XvaCheck(Checker):
         missing = [disk for disk, size in self._disks.items() if size and disk not in done]
         if missing:
             raise ArchiveError("disk %s is missing" % missing[0])
-        if bytes((yield 512)).strip(b"\0"):
+        if (yield 512).strip(b"\0"):
             raise ArchiveError("one zero block only before more data")
 
     def _chunk(self, name, size):
-        data = (yield size + -size % 512)[:size] if size else memoryview(bytearray())
+        sums = {kind: make() for kind, make in self._kinds.items() if make}
+
+        def take(view):
+            for each in sums.values():
+                each.update(view)
+
+        yield size, take
+        yield -size % 512
         member, length = self._member((yield 512))
-        if member not in (name + ".xxhash", name + ".checksum") or not 0 < length <= 64:
+        kind = member[len(name) :]
+        if name + kind != member or kind not in self._kinds or not 0 < length <= 64:
             raise ArchiveError("the hash of chunk %s is missing" % name)
-        told = bytes((yield 512)[:length]).decode("ascii", "replace").lower()
-        if member.endswith(".checksum"):  # before 2019
-            mine = hashlib.sha1(data).hexdigest()  # noqa: S324
-        else:
-            mine = "%016x" % self._xxh64(data) if self._xxh64 else None
-        if mine not in (None, told):
+        told = (yield 512)[:length].decode("ascii", "replace").lower()
+        if kind in sums and sums[kind].hexdigest() != told:
             raise ArchiveError("chunk %s does not match its hash" % name)
+        self._kinds = {kind: self._kinds[kind]}  # only of the first chunk are both sums needed
         self._chunks += 1
-        self._hashed += mine is not None
+        self._hashed += kind in sums
 
     def _member(self, block):
         """(name, size) of a tar header."""
-        raw = bytes(block)
         try:
-            size = int(raw[124:136].strip(b" \0") or b"0", 8)
-            if sum(raw) - sum(raw[148:156]) + 8 * 32 != int(raw[148:156].strip(b" \0"), 8):
+            size = int(block[124:136].strip(b" \0") or b"0", 8)
+            if sum(block) - sum(block[148:156]) + 8 * 32 != int(block[148:156].strip(b" \0"), 8):
                 raise ValueError
-            name = raw[:100].split(b"\0")[0].decode("utf-8")
+            name = block[:100].split(b"\0")[0].decode("utf-8")
         except ValueError:
-            text = _error_text(raw) if raw.startswith(b"HTTP/1.") else "no tar header in its place"
+            http = block.startswith(b"HTTP/1.")
+            text = _error_text(block) if http else "no tar header in its place"
             raise ArchiveError("%s, after %s" % (text, self._name)) from None
-        if size < 0 or raw[156:157] not in (b"\0", b"0"):
+        if size < 0 or block[156:157] not in (b"\0", b"0"):
             raise ArchiveError("unexpected kind of member: %r" % name)
         self._name = name
         return name, size
@@ -870,7 +890,7 @@ class VhdCheck(Checker):
         pass  # the blocks; finish() looks at the tail
 
     def _parse(self):
-        self._footer = start = bytes((yield 512))
+        self._footer = start = yield 512
         if not self._intact(start, b"conectix", 64):
             http = start.startswith(b"HTTP/1.")
             raise ArchiveError(_error_text(start) if http else "no VHD footer in front")
@@ -879,16 +899,14 @@ class VhdCheck(Checker):
             raise ArchiveError("not a whole dynamic VHD")
         if self._size not in (None, size):
             raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (size, self._size))
-        if at > 512:
-            yield at - 512
-        header = bytes((yield 1024))
+        yield at - 512
+        header = yield 1024
         table, entries, block = struct.unpack(">Q4xII", header[16:36])
         sane = block >= 512 and -(-size // block) <= entries <= 4 * MIB
         if not self._intact(header, b"cxsparse", 36) or not sane or table < at + 1024:
             raise ArchiveError("the VHD's header is damaged")
-        if table > at + 1024:
-            yield min(table - at - 1024, 64 * MIB)
-        numbers = struct.unpack(">%dI" % entries, (yield entries * 4)) if entries else ()
+        yield min(table - at - 1024, 64 * MIB), len  # skipped
+        numbers = struct.unpack(">%dI" % entries, (yield entries * 4))
         self._end = table + -(-entries * 4 // 512) * 512
         self._blocks = sorted(number * 512 for number in numbers if number != 0xFFFFFFFF)
         for offset in self._blocks:
@@ -995,7 +1013,7 @@ class ZstdFrameCheck(Checker):
     ends where the file does, and nothing about what is in it."""
 
     def _parse(self):
-        head = bytes((yield 5))
+        head = yield 5
         if head[:4] != b"\x28\xb5\x2f\xfd":
             raise ArchiveError("not a zstd stream")
         flags, single = head[4], head[4] >> 5 & 1
@@ -1006,10 +1024,8 @@ class ZstdFrameCheck(Checker):
             last, kind, size = word & 1, word >> 1 & 3, word >> 3
             if kind == 3 or size > 128 * 1024:
                 raise ArchiveError("the zstd stream is damaged")
-            if kind == 1 or size:
-                yield 1 if kind == 1 else size
-        if flags >> 2 & 1:
-            yield 4
+            yield (1 if kind == 1 else size), len
+        yield 4 * (flags >> 2 & 1)
 
     def finish(self):
         if self._want:
@@ -1670,8 +1686,8 @@ class Export:
 
 # ============================== from stream to disk ==============================
 
-BUFFER = 512 * 1024
-BUFFERS = 8
+BUFFER = MIB
+BUFFERS = 4
 SYNC_EVERY = 64 * MIB
 
 
