@@ -2095,11 +2095,13 @@ class VmBackup:
             if is_ours(record, self.vm_ref, self.vm, "RESTORE_" + self.choice.name):
                 self.log("removing the leftover snapshot %s" % record["uuid"])
                 self._destroy("VM", ref, self.vm_ref)
-        for disk in self.disks:
-            for ref, record in self.xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
-                if is_ours(record, disk.ref, disk.vdi, self._vdi_snapshot_name(disk)):
-                    self.log("removing the leftover VDI snapshot %s" % record["uuid"])
-                    self._destroy("VDI", ref, disk.ref)
+        disks = {disk.ref: disk for disk in self.disks}
+        refs = [ref for disk in self.disks for ref in disk.vdi.get("snapshots", [])]
+        for ref, record in self.xapi.records("VDI", refs).items():
+            disk = disks.get(record["snapshot_of"])
+            if disk and is_ours(record, disk.ref, disk.vdi, self._vdi_snapshot_name(disk)):
+                self.log("removing the leftover VDI snapshot %s" % record["uuid"])
+                self._destroy("VDI", ref, disk.ref)
 
     def _remove_unfinished(self, existing):
         for item in existing:
@@ -2886,7 +2888,7 @@ class Log:
         if self._live:
             with self._lock, contextlib.suppress(OSError):
                 columns = os.get_terminal_size(self._err.fileno()).columns or 80
-                self._show("  |  ".join(told)[: columns - 1])
+                self._show(fit("  |  ".join(told), columns - 1))
         elif self._plain and told and time.monotonic() - self._told > PROGRESS_EVERY:
             self._told = time.monotonic()
             for text in told:
@@ -2909,6 +2911,15 @@ PROGRESS_EVERY = 300  # seconds between the progress lines where there is no ter
 
 def is_terminal(stream):
     return stream is not None and not stream.closed and stream.isatty()
+
+
+def fit(text, columns):
+    """As much of the beginning of a text as a terminal shows in so many columns."""
+    for end, char in enumerate(text):
+        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if columns < 0:
+            return text[:end]
+    return text
 
 
 def write_text(stream, text):

@@ -384,7 +384,7 @@ class Benchmark:
         yield "### parallel=4\n"
         size = self.options.sizes[0] * MIB
         with self.start(*[disk(size, seed=1)] * 4) as sim:
-            for rate in (size // 6, None):
+            for rate in (size // 8, None):
                 if rate:
                     sim.fault("export_rate", bytes=rate)
                 race = Race(self.options.rounds, self.clean)

@@ -9,7 +9,7 @@ import time
 import pytest
 from benchmark import measure
 from harness import LINE, SCRIPT, finish
-from simulator.pool import MIB, Pool, disk, vif
+from simulator.pool import MIB, Pool, disk, snapshot, vif
 
 
 def pool_of(vms, disks=1, nics=1):
@@ -57,6 +57,20 @@ def test_a_backup_makes_no_call_per_disk_but_the_one_that_destroys_it(turn):
         made.append(calls)
     assert made[0] == made[1]
     assert sum(made[0].values()) <= 35, made[0]
+
+
+def test_snapshots_of_the_users_cost_no_call_for_each_disk(turn):
+    made = []
+    for disks in (2, 9):
+        pool = Pool()
+        pool.vm("vm0", disks=[disk(MIB, seed=1) for _ in range(disks)],
+                snapshots=[snapshot("monday"), snapshot("tuesday")])
+        site = turn(pool)
+        site.configure("vm-export=vm0")
+        calls = calls_of(site)
+        assert calls.pop("VDI.destroy") == disks
+        made.append(calls)
+    assert made[0] == made[1]
 
 
 def test_a_backup_does_not_call_more_in_a_larger_pool(turn):

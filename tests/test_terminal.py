@@ -382,6 +382,21 @@ def test_progress_is_not_longer_than_the_terminal_is_wide(turn, terminal, tmp_pa
         assert term.end() == 0
 
 
+def test_progress_in_a_wide_script_takes_two_columns_for_a_character(turn, terminal):
+    name = "会計サーバー"
+    pool = Pool()
+    pool.vm(name, disks=[disk(4 * MIB, seed=1)])
+    here = turn(pool)
+    here.configure("vm-export=" + name)
+    let_on = gate(here, name)
+    term = terminal(here.sim.password, here.config, columns=30)
+    term.until(lambda: term.row)
+    assert term.row.startswith(name + ": ")
+    assert len(term.row) == 29 - len(name), "each of its characters is two columns wide"
+    let_on()
+    assert term.end() == 0
+
+
 def test_what_is_to_expect_follows_the_tasks_progress(turn, terminal):
     here = turn(two_vms())
     here.configure("vm-export=web")
