@@ -637,15 +637,15 @@ def remove_folder(folder):
 # was proved, as a list of phrases for log and report. Nothing here touches network or disk.
 
 
-def _error_text(view):
-    """The message for bytes where none belong; xapi appends an HTTP 500 page after a failure."""
+def _error_text(view, otherwise="data after the end of the archive"):
+    """The message for bytes that do not belong there, which may be the HTTP 500 page that xapi
+    appends after a failure."""
     text = bytes(view[:2048]).decode("utf-8", "replace")
-    if text.startswith("HTTP/1."):
-        reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
-        return "the host broke off and appended an error page%s" % (
-            ": " + reason.group(1) if reason else ""
-        )
-    return "data after the end of the archive"
+    if not text.startswith("HTTP/1."):
+        return otherwise
+    reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
+    told = ": " + reason.group(1) if reason else ""
+    return "the host broke off and appended an error page" + told
 
 
 class Checker:
@@ -803,8 +803,7 @@ class XvaCheck(Checker):
                 raise ValueError
             name = block[:100].split(b"\0")[0].decode("utf-8")
         except ValueError:
-            http = block.startswith(b"HTTP/1.")
-            text = _error_text(block) if http else "no tar header in its place"
+            text = _error_text(block, "no tar header in its place")
             raise ArchiveError("%s, after %s" % (text, self._name)) from None
         if size < 0 or block[156:157] not in (b"\0", b"0"):
             raise ArchiveError("unexpected kind of member: %r" % name)
@@ -863,9 +862,8 @@ class RawCheck(Checker):
 
     def finish(self):
         if self._seen != self._size:
-            if self._start.startswith(b"HTTP/1."):
-                raise ArchiveError(_error_text(self._start))
-            raise ArchiveError("%d of %d bytes arrived" % (self._seen, self._size))
+            short = "%d of %d bytes arrived" % (self._seen, self._size)
+            raise ArchiveError(_error_text(self._start, short))
         return ["size (%d bytes)" % self._size]
 
 
@@ -892,8 +890,7 @@ class VhdCheck(Checker):
     def _parse(self):
         self._footer = start = yield 512
         if not self._intact(start, b"conectix", 64):
-            http = start.startswith(b"HTTP/1.")
-            raise ArchiveError(_error_text(start) if http else "no VHD footer in front")
+            raise ArchiveError(_error_text(start, "no VHD footer in front"))
         at, size, kind = struct.unpack(">Q24xQ4xI", start[16:64])
         if kind != 3 or not 512 <= at <= MIB:
             raise ArchiveError("not a whole dynamic VHD")
@@ -924,10 +921,9 @@ class VhdCheck(Checker):
         if self._want:
             raise ArchiveError("the VHD is cut off at its beginning")
         if self._tail != self._footer:
-            at = self._tail.find(b"HTTP/1.")
-            if at >= 0:
-                raise ArchiveError(_error_text(self._tail[at:]))
-            raise ArchiveError("the VHD does not end in its footer: cut off, or data after it")
+            page = self._tail[max(self._tail.find(b"HTTP/1."), 0) :]
+            raise ArchiveError(_error_text(
+                page, "the VHD does not end in its footer: cut off, or data after it"))
         # Up to a page of padding may stand before the last footer.
         if not self._end <= self._seen - 512 <= self._end + 4096:
             raise ArchiveError("the VHD's table does not fit its length")
