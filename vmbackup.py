@@ -35,6 +35,7 @@ import fcntl
 import hashlib
 import http.client
 import io
+import itertools
 import mmap
 import os
 import queue
@@ -55,6 +56,7 @@ import warnings
 import xml.parsers.expat
 import xmlrpc.client
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 __version__ = "4.0.0"
@@ -1744,57 +1746,27 @@ class FileWriter:
         os.close(self._fd)
 
 
-class Consumer(threading.Thread):
-    """Takes filled buffers in a thread of its own; keeps its first error and drains after it."""
-
-    def __init__(self, take):
-        super().__init__(daemon=True)
-        self._take, self.inbox, self.error = take, queue.Queue(), None
-        self.start()
-
-    def run(self):
-        for view, release in iter(self.inbox.get, None):
-            if self.error is None:
-                try:
-                    self._take(view)
-                except Exception as error:
-                    self.error = error
-            release()
-
-
 def pump(readinto, *takers):
     """Reads to the end into reused buffers and gives each piece to all takers, each in a thread of
     its own, while the next piece is read: network, hash, check and disk overlap (all release the
     GIL). Memory is bounded by BUFFERS * BUFFER bytes. Raises the first error of reader or takers.
     """
-    free = queue.Queue()
-    for _ in range(BUFFERS):
-        free.put(memoryview(mmap.mmap(-1, BUFFER)))  # goes back to the system after use
-    consumers = [Consumer(take) for take in takers]
-    try:
-        while not any(consumer.error for consumer in consumers):
-            buffer = free.get()
+    # An mmap goes back to the system after use.
+    buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(BUFFERS)]
+    jobs = collections.deque()  # a future for each taker of each piece, the oldest piece first
+    with contextlib.ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in takers]
+        for buffer in itertools.cycle(buffers):
+            in_use = (BUFFERS - 1) * len(takers)  # what may be under way while `buffer` is filled
+            while jobs and (len(jobs) > in_use or jobs[0].done()):
+                jobs.popleft().result()
             count = readinto(buffer)
             if not count:
                 break
-            done = iter([None] * (len(consumers) - 1))  # next() is atomic: the last taker frees
-
-            def release(done=done, buffer=buffer):
-                try:
-                    next(done)
-                except StopIteration:
-                    free.put(buffer)
-
-            for consumer in consumers:
-                consumer.inbox.put((buffer[:count], release))
-    finally:
-        for consumer in consumers:
-            consumer.inbox.put(None)
-        for consumer in consumers:
-            consumer.join()
-    for consumer in consumers:
-        if consumer.error:
-            raise consumer.error
+            for thread, take in zip(threads, takers):
+                jobs.append(thread.submit(take, buffer[:count]))
+        for job in jobs:
+            job.result()
 
 
 # What came of an export: bytes, SHA-256 in hex, phrases of what was proved, task success or gone.
@@ -2610,8 +2582,6 @@ class Run:
     def _back_up_vms(self, xapi, new_xapi, choices):
         """Backs up the VMs, `parallel` at a time; tells of each what came of it at once, but in the
         order of choices."""
-        from concurrent.futures import ThreadPoolExecutor, wait
-
         idle = [new_xapi() for _ in range(self.settings.parallel - 1)] + [xapi]
         ended, untold, turn = {}, collections.deque(range(len(choices))), threading.Lock()
 
