@@ -38,7 +38,6 @@ import io
 import itertools
 import mmap
 import os
-import queue
 import re
 import shutil
 import signal
@@ -1703,36 +1702,27 @@ class FileWriter:
     def __init__(self, path):
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         self._written = self._synced = 0
-        self._windows, self._error = queue.Queue(1), None
-        self._helper = threading.Thread(target=self._flush, daemon=True)
-        self._helper.start()
+        self._helper, self._flushed = ThreadPoolExecutor(1), None
 
     def write(self, view):
-        if self._error:
-            raise self._error
         while len(view):
             count = os.write(self._fd, view)
             view = view[count:]
             self._written += count
         if self._written - self._synced >= SYNC_EVERY:
-            self._windows.put((self._synced, self._written - self._synced))
+            if self._flushed:
+                self._flushed.result()
+            self._flushed = self._helper.submit(self._flush, self._synced, self._written)
             self._synced = self._written
 
-    def _flush(self):
-        for start, length in iter(self._windows.get, None):
-            if self._error is None:
-                try:
-                    os.fdatasync(self._fd)
-                    os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
-                except OSError as error:
-                    self._error = error
+    def _flush(self, start, end):
+        os.fdatasync(self._fd)
+        os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def finish(self):
         """Returns when all is safely on disk; raises OSError if it is not."""
-        self._windows.put(None)
-        self._helper.join()
-        if self._error:
-            raise self._error
+        if self._flushed:
+            self._flushed.result()
         os.fsync(self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -1740,9 +1730,7 @@ class FileWriter:
         return self
 
     def __exit__(self, *_error):
-        if self._helper.is_alive():
-            self._windows.put(None)
-            self._helper.join()
+        self._helper.shutdown()
         os.close(self._fd)
 
 
