@@ -2113,11 +2113,9 @@ class VmBackup:
     # --- snapshot and export ---
 
     def _export_vm(self, expected):
-        snapshot = None
         self.outcome.status = "SNAPSHOT-FAIL"
-        left_out = [disk.ref for disk in self.disks if disk.left_out]
+        snapshot = self._snapshot_vm([disk.ref for disk in self.disks if disk.left_out])
         try:
-            snapshot = self._snapshot_vm(left_out)
             self.stop.check()
             self.outcome.status = "TEMPLATE-PARAM-SET-FAIL"
             record = self._mark("VM", snapshot)
@@ -2138,8 +2136,7 @@ class VmBackup:
                 query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
             self._stream("/export", query, make_checker(self.file_name), expected)
         finally:
-            if snapshot:
-                self._destroy("VM", snapshot, self.vm_ref)
+            self._destroy("VM", snapshot, self.vm_ref)
 
     def _snapshot_vm(self, left_out):
         arguments = [self.vm_ref, "RESTORE_" + self.choice.name]
@@ -2170,10 +2167,9 @@ class VmBackup:
             raise BackupError("the VM has no first disk (xvda, hda, sda or userdevice 0)")
         if disk.left_out:
             raise BackupError("its first disk is marked [NOBAK]")
-        snapshot = None
         self.outcome.status = "VDI-SNAPSHOT-FAIL"
+        snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
         try:
-            snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
             self.outcome.status = "VDI-PARAM-SET-FAIL"
             record = self._mark("VDI", snapshot)
             self.stop.check()
@@ -2185,8 +2181,7 @@ class VmBackup:
             checker = make_checker(self.file_name, int(record["virtual_size"]))
             self._stream("/export_raw_vdi", query, checker, expected)
         finally:
-            if snapshot:
-                self._destroy("VDI", snapshot, disk.ref)
+            self._destroy("VDI", snapshot, disk.ref)
 
     def _mark(self, kind, snapshot):
         """Marks a new snapshot as ours; returns its record."""
