@@ -2716,22 +2716,15 @@ def verify(top, only, log):
     return 0 if fine else 2
 
 
-def marked_folders(top):
-    """Paths of the folders with a marker: `top` itself or up to two levels below, sorted."""
-    found, level = [], [top]
-    for _depth in range(3):
-        inner = []
-        for folder in level:
-            # A VM may be called `success` too.
-            if any(os.path.isfile(os.path.join(folder, marker)) for marker in MARKERS):
-                found.append(folder)
-                continue
-            for name in os.listdir(folder):
-                path = os.path.join(folder, name)
-                if os.path.isdir(path) and not os.path.islink(path):
-                    inner.append(path)
-        level = inner
-    return sorted(found)
+def marked_folders(top, depth=2):
+    """Paths of the folders with a marker: `top` itself or up to `depth` levels below, sorted."""
+    # A VM may be called `success` too.
+    if any(os.path.isfile(os.path.join(top, marker)) for marker in MARKERS):
+        return [top]
+    with os.scandir(top) as entries:
+        inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    found = [marked_folders(path, depth - 1) for path in inner if depth]
+    return sorted(itertools.chain(*found))
 
 
 def verify_folder(folder):
