@@ -2754,16 +2754,14 @@ def verify_folder(folder):
 def read_sums(path):
     """{file name: SHA-256} of a SHA256SUMS file, empty if there is none (3.25 wrote none)."""
     sums = {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for line in file:
-                match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
-                if not match:
-                    raise ArchiveError("SHA256SUMS is damaged")
-                escaped, value, name = match.groups()
-                sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
-    except FileNotFoundError:
-        return {}
+    with contextlib.suppress(FileNotFoundError), open(
+            path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
+            if not match:
+                raise ArchiveError("SHA256SUMS is damaged")
+            escaped, value, name = match.groups()
+            sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
     return sums
 
 
