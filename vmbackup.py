@@ -1219,10 +1219,9 @@ class Transport(xmlrpc.client.Transport):
         self._endpoint, self._timeout, self._used = endpoint, timeout, 0.0
 
     def make_connection(self, host):
-        if self._connection and time.monotonic() - self._used > 5:
+        if time.monotonic() - self._used > 5:
             self.close()
-        if not self._connection or self._connection[0] != host:
-            self._extra_headers = []
+        if self._connection[0] != host:
             self._connection = host, Connection(self._endpoint, self._timeout)
         return self._connection[1]
 
