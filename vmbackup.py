@@ -167,8 +167,7 @@ class ConnectionLost(XapiError):
 def describe(error):
     """One line about any exception; an OSError without Python's brackets around the number."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
-        name = getattr(error, "filename", None)
-        return "%s: %s" % (name, error.strerror) if name else error.strerror
+        return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
