@@ -32,6 +32,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import io
@@ -2512,11 +2513,9 @@ class Run:
 
     def execute(self, hosts, credentials, preview):
         """Connects, chooses, and previews or backs up. Returns the exit status."""
-
-        def new_xapi():
-            return Xapi(hosts, credentials, self.log)
-
-        settings, log, xapi = self.settings, self.log, new_xapi()
+        settings, log = self.settings, self.log
+        new_xapi = functools.partial(Xapi, hosts, credentials, log)
+        xapi = new_xapi()
         if not settings.tls_verify:
             log("***WARNING - tls_verify=False: the host's certificate is not checked")
         try:
@@ -2591,9 +2590,8 @@ class Run:
             for future in futures:
                 future.result()
         finally:
-            for other in idle:
-                if other is not xapi:
-                    other.close()
+            for each in idle:
+                each.close()
 
     def _back_up_pool_db(self, xapi):
         """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
@@ -2928,7 +2926,6 @@ def write_json(run):
 
 def send_mail(run, lines):
     """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
-    import functools
     import smtplib
     from email.message import EmailMessage
 
