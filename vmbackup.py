@@ -2088,16 +2088,15 @@ class VmBackup:
         return expected
 
     def _make_folder(self):
-        moment, tried, folder = datetime.datetime.now(), "", None
-        while not folder:
-            name = moment.strftime(self.settings.backup_dir_pattern)
+        moment, tried = datetime.datetime.now(), ""
+        while not self.folder:
+            name = native(moment.strftime(self.settings.backup_dir_pattern))
             if name != tried:  # a pattern may have no seconds
                 with contextlib.suppress(FileExistsError):  # two at once, or a clock set back
-                    os.mkdir(os.path.join(self.vm_dir, native(name)), 0o700)
-                    folder = os.path.join(self.vm_dir, native(name))
+                    os.mkdir(os.path.join(self.vm_dir, name), 0o700)
+                    self.folder = os.path.join(self.vm_dir, name)
             tried = name
             moment += datetime.timedelta(seconds=1)
-        self.folder = folder
         self._write_file(UNFINISHED, "", listed=False)
         self.log("new backup folder %s" % self.folder)
 
