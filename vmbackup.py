@@ -30,23 +30,31 @@ import base64
 import collections
 import contextlib
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
+import json
 import mmap
 import os
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
 import struct
 import subprocess
 import sys
+import tarfile
+import tempfile
+import termios
+import textwrap
 import threading
 import time
 import types
@@ -57,7 +65,9 @@ import xml.parsers.expat
 import xmlrpc.client
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
+from email.message import EmailMessage
 from typing import Any
+from xml.dom import minidom
 
 __version__ = "4.0.0"
 
@@ -444,8 +454,6 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        import difflib
-
         names = list(RULE_KEYS) + list(KNOWN)
         near = "".join(" (%s?)" % name for name in difflib.get_close_matches(key, names, 1))
         raise ConfigError("ERROR - %s: unknown setting %s%s, allowed are %s"
@@ -2336,9 +2344,6 @@ class VmBackup:
 
     def _fetch_ova(self):
         """The ova.xml of the VM's /export_metadata, indented."""
-        import tarfile
-        from xml.dom import minidom
-
         query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
         with Export(self.xapi, self.stop, "/export_metadata", query,
                     self.choice.name) as export:
@@ -2674,8 +2679,6 @@ class Run:
 
 def check_writable(path):
     """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
-    import tempfile
-
     try:
         tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
     except OSError as error:
@@ -2909,8 +2912,6 @@ def report(run):
 
 def write_json(run):
     """Replaces report_json atomically."""
-    import json
-
     path = os.path.realpath(run.settings.report_json)
     text = json.dumps(report(run), indent=2, ensure_ascii=False)
     temporary = "%s.%d.tmp" % (path, os.getpid())
@@ -2925,9 +2926,6 @@ def write_json(run):
 
 def send_mail(run, lines):
     """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
-    import smtplib
-    from email.message import EmailMessage
-
     settings, message, word = run.settings, EmailMessage(), status_word(run.exit_status)
     server = socket.gethostname()  # as in upstream's subject, for those who filter by it
     message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
@@ -3078,8 +3076,6 @@ EXAMPLE = """\
 
 def config_text():
     """What `config` prints and example.cfg holds."""
-    import textwrap
-
     parts = []
     for item in SETTINGS:
         about = textwrap.fill(item.about, 96, initial_indent="# ", subsequent_indent="# ")
@@ -3088,8 +3084,6 @@ def config_text():
 
 
 def help_text():
-    import textwrap
-
     lines = []
     for item in SETTINGS:
         about = "%s (default: %s)" % (item.about, item.default or "none")
@@ -3205,8 +3199,6 @@ def load_config(path):
 
 def check_packages():
     """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
-    import importlib.util
-
     for module in ("XenAPI", "requests"):
         if importlib.util.find_spec(module) is None:
             raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
@@ -3268,8 +3260,6 @@ def no_echo(stream):
     if not is_terminal(stream):
         yield
         return
-    import termios
-
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
