@@ -190,7 +190,7 @@ def reason_of(error):
     while trace.tb_next:
         trace = trace.tb_next
     return "internal error, please report it: %s at line %d: %s" % (
-        type(error).__name__, trace.tb_lineno, describe(error))  # fmt: skip
+        type(error).__name__, trace.tb_lineno, describe(error))
 
 
 def from_argv(arg):
@@ -213,9 +213,8 @@ def printable(text):
     with contextlib.suppress(UnicodeEncodeError):
         # A native file name in an ASCII locale holds its UTF-8 bytes as surrogates.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return re.sub(
-        "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def size_text(size):
@@ -345,7 +344,7 @@ SETTINGS = [Setting(*row) for row in (
     ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
     ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
-)]  # fmt: skip
+)]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
 
@@ -548,9 +547,8 @@ def folder_name(name):
     '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
     cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
     """
-    escaped = re.sub(
-        "[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
-        lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
+    escaped = re.sub("[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
+                     lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
     # A name that looks like a cut one is hashed too, or it could meet the longer one's folder.
     if len(data) > 200 or (len(data) > 190 and re.search(r"~[0-9a-f]{8}\Z", escaped)):
@@ -971,12 +969,9 @@ class ZstdCheck(Checker):
     def __init__(self, inner, command):
         self._inner, self._failure = inner, None
         self._child = subprocess.Popen(
-            [command, "-dcq"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [command, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
-        )
+            start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
         self._stdout: Any = self._child.stdout  # a BufferedReader
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -1069,7 +1064,7 @@ def make_checker(file_name, size=None):
 
 CONNECT_TIMEOUT = 30  # seconds
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
-             (socket.TCP_KEEPCNT, 8))  # fmt: skip
+             (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
 SILENCE = 30  # seconds without a byte after which the host is asked how the task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
@@ -1242,7 +1237,7 @@ class Transport(xmlrpc.client.Transport):
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
 BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError,
-          xml.parsers.expat.ExpatError)  # fmt: skip
+          xml.parsers.expat.ExpatError)
 
 
 def send(session, method, args):
@@ -1906,10 +1901,9 @@ def check_space(backup_dir, expected, reserved=0):
     """Raises BackupError with both figures if `expected` bytes do not fit."""
     free = shutil.disk_usage(backup_dir).free - reserved
     if expected > free:
-        raise BackupError(
-            "not enough space in %s: %s to expect, %s free (delete something, lower max_backups, or"
-            " set pre_clean=True or space_check=False)"
-            % (backup_dir, size_text(expected), size_text(max(free, 0))))
+        raise BackupError("not enough space in %s: %s to expect, %s free (delete something, lower"
+                          " max_backups, or set pre_clean=True or space_check=False)"
+                          % (backup_dir, size_text(expected), size_text(max(free, 0))))
 
 
 def is_ours(snapshot, source_ref, source, our_name):
@@ -2345,8 +2339,7 @@ class VmBackup:
     def _fetch_ova(self):
         """The ova.xml of the VM's /export_metadata, indented."""
         query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
-        with Export(self.xapi, self.stop, "/export_metadata", query,
-                    self.choice.name) as export:
+        with Export(self.xapi, self.stop, "/export_metadata", query, self.choice.name) as export:
             pump(export.readinto, data.extend)
             export.verdict()
         if len(data) % 512 or not data.endswith(bytes(1024)):
@@ -2464,7 +2457,7 @@ def _preview_vm(settings, choice, vm, disks, log):
     simple = choice.rule.simple
     log("%s: %s, chosen by %s; %s; disks: %s; about %s to expect" % (
         choice.name, choice.kind, "its name" if simple else "%s=%s" % choice.rule[:2],
-        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))  # fmt: skip
+        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))
     why = "the oldest beyond %d" % keep
     text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
     log("%s: has %d backups, keeps %d, %s" % (choice.name, len(backups(folders)), keep, text))
@@ -2691,8 +2684,7 @@ def check_writable(path):
 
 def verify(top, only, log):
     """Proves every marked backup below `top` (backup_dir, a VM's folder or one backup) at rest:
-    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or there is none.
-    """
+    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
     good = bad = 0
     for folder in marked_folders(top):
         vm = os.path.basename(os.path.dirname(folder))
@@ -2839,7 +2831,7 @@ class Log:
         left = (expected - export.received) / rate if rate else 0
         return "%s: %d of about %d MiB, %.0f MB/s, %d:%02d left" % (
             printable(export.what), export.received // MIB, expected // MIB, rate / 1e6,
-            left // 60, left % 60)  # fmt: skip
+            left // 60, left % 60)
 
 
 PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
@@ -2899,15 +2891,14 @@ def report(run):
         "counts": dict(zip(("success", "warning", "error"), run.counts())),
         "warnings": run.settings.warnings,
         "vms": [{
-            "name": item.name, "uuid": item.uuid, "kind": item.kind,
-            "status": item.result,
+            "name": item.name, "uuid": item.uuid, "kind": item.kind, "status": item.result,
             "folder": item.folder, "file": item.file, "bytes": item.bytes,
             "seconds": round(item.seconds, 3),
             "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
             "checks": item.checks, "warnings": item.warnings, "error": item.error,
             "pruned": item.pruned,
         } for item in run.outcomes],
-    }  # fmt: skip
+    }
 
 
 def write_json(run):
@@ -3093,7 +3084,7 @@ def help_text():
 
 
 TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
-         "version": lambda: "vmbackup.py %s\n" % __version__}  # fmt: skip
+         "version": lambda: "vmbackup.py %s\n" % __version__}
 
 
 def command(words, log):
