@@ -967,35 +967,34 @@ class ZstdCheck(Checker):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0."""
 
     def __init__(self, inner, command):
-        self._inner, self._failure = inner, None
+        self._inner = inner
         self._child = subprocess.Popen(
             [command, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
         self._stdout: Any = self._child.stdout  # a BufferedReader
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._reader = self._thread.submit(self._read)
 
     def _read(self):
         buffer = memoryview(bytearray(MIB))
         try:
             for count in iter(lambda: self._stdout.readinto(buffer), 0):
                 self._inner.feed(buffer[:count])
-        except Exception as error:
-            self._failure = error
+        except BaseException:
             self._child.kill()
+            raise
 
     def feed(self, data):
         try:
             self._child.stdin.write(data)
         except OSError:
-            self._reader.join()
-            raise self._failure or ArchiveError("the zstd stream is damaged") from None
+            failure = self._reader.exception()
+            raise failure or ArchiveError("the zstd stream is damaged") from None
 
     def finish(self):
         self.close()
-        if self._failure:
-            raise self._failure
+        self._reader.result()
         if self._child.returncode:
             raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
         return ["zstd"] + self._inner.finish()
@@ -1003,7 +1002,7 @@ class ZstdCheck(Checker):
     def close(self):
         with contextlib.suppress(OSError):
             self._child.stdin.close()
-        self._reader.join()
+        self._thread.shutdown()
         self._stdout.close()
         self._child.wait()
 
