@@ -2614,10 +2614,9 @@ class Run:
             try:
                 saved = save(export, path + ".partial", DatabaseCheck())
                 os.rename(path + ".partial", path)
-            except BaseException:
+            finally:
                 with contextlib.suppress(OSError):
                     os.unlink(path + ".partial")
-                raise
             sync_folder(folder)
             outcome.folder, outcome.file = folder, name
             outcome.bytes, outcome.checks = saved.size, saved.checks
