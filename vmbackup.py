@@ -2949,13 +2949,18 @@ def send_mail(run, lines):
             run.stop.sleep(5)
 
 
-def read_password_file(path, plain=False):
-    """The password in a file made by create-password-file; plain: or else the file's text."""
+def read_file(path):
+    """The bytes of a config or password file: not many more than a config file may have."""
     try:
         with open(path, "rb") as file:
-            data = file.read(65536).strip()
+            return file.read(MIB + 1)
     except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+
+
+def read_password_file(path, plain=False):
+    """The password in a file made by create-password-file; plain: or else the file's text."""
+    data = read_file(path).strip()
     try:
         return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
     except ValueError:
@@ -3151,7 +3156,7 @@ def parse_command(selector, words):
     config, path, pairs, preview = [], native(selector), [], False
     is_config = os.path.isfile(path)
     if is_config:
-        config = load_config(path)
+        config = read_config(read_file(path), path)
     else:
         key, separator, value = selector.partition("=")
         if not re.sub(r":[0-9]+\Z", "", selector).strip():
@@ -3176,14 +3181,6 @@ def parse_command(selector, words):
     if not settings.rules and not settings.pool_db_backup:
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
     return settings, preview
-
-
-def load_config(path):
-    try:
-        with open(path, "rb") as file:
-            return read_config(file.read(MIB + 1), path)
-    except OSError as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
 
 
 def check_packages():
@@ -3305,7 +3302,8 @@ def verify_command(words, log):
         raise ConfigError("ERROR - usage: vmbackup.py verify <config-file|folder> [vm-name]")
     top = native(words[0])
     if os.path.isfile(top):
-        given = [value for key, value, _ in load_config(top) if key == "backup_dir" and value]
+        config = read_config(read_file(top), top)
+        given = [value for key, value, _ in config if key == "backup_dir" and value]
         top = native(given[-1]) if given else KNOWN["backup_dir"].default
     if not os.path.isdir(top):
         raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
