@@ -1650,11 +1650,8 @@ class Export:
         if it failed, was cancelled or does not end within a minute of the stream's end."""
         deadline = time.monotonic() + TASK_ENDS
         while True:
-            try:
-                record = self.xapi.call("task.get_record", self.task)
-            except XapiError as error:
-                if error.code != "HANDLE_INVALID":
-                    raise
+            record = self.xapi.records("task", [self.task]).get(self.task)
+            if record is None:
                 self._ended = True
                 return False
             if record["status"] in ("success", "failure", "cancelled"):
@@ -2015,12 +2012,9 @@ class VmBackup:
 
     def _look_up_vm(self):
         self.vm_ref = self.choice.refs[0]
-        try:
-            self.vm = self.xapi.call("VM.get_record", self.vm_ref)
-        except XapiError as error:
-            if error.code == "HANDLE_INVALID":
-                raise BackupError("the VM was deleted since this run began") from None
-            raise
+        self.vm = self.xapi.records("VM", [self.vm_ref]).get(self.vm_ref)
+        if self.vm is None:
+            raise BackupError("the VM was deleted since this run began")
         self.outcome.uuid = self.vm["uuid"]
         if self.vm["name_label"] != self.choice.name:
             self.warn("the VM is now called %s" % self.vm["name_label"])
