@@ -57,6 +57,7 @@ import termios
 import textwrap
 import threading
 import time
+import traceback
 import types
 import unicodedata
 import urllib.parse
@@ -186,11 +187,9 @@ def reason_of(error):
     """The same for what ends a VM's backup or a run; a programming error names its place."""
     if isinstance(error, (BackupError, OSError)):
         return describe(error)
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
+    line = traceback.extract_tb(error.__traceback__)[-1].lineno
     return "internal error, please report it: %s at line %d: %s" % (
-        type(error).__name__, trace.tb_lineno, describe(error))
+        type(error).__name__, line, describe(error))
 
 
 def from_argv(arg):
