@@ -687,7 +687,6 @@ class Checker:
                 self._proceed(bytes(self._kept))
 
     def _after(self, view):
-        """Bytes after the end."""
         raise ArchiveError(_error_text(view))
 
     def finish(self):
@@ -3193,8 +3192,7 @@ def check_paths(settings):
         raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
         file = getattr(settings, key)
-        fits = file and os.path.isdir(os.path.dirname(file) or ".") and not os.path.isdir(file)
-        if file and not fits:
+        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
@@ -3290,7 +3288,6 @@ def create_password_file(path, password, log):
 
 
 def verify_command(words, log):
-    """verify <config-file|folder> [vm-name]"""
     if not 1 <= len(words) <= 2:
         raise ConfigError("ERROR - usage: vmbackup.py verify <config-file|folder> [vm-name]")
     top = native(words[0])
