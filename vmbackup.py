@@ -1663,10 +1663,9 @@ class Export:
             self.stop.sleep(0.3)
 
     def _disconnect(self):
-        if self._response is not None:
-            self._response.close()
-        if self._sock is not None:
-            self._sock.close()
+        for each in (self._response, self._sock):
+            if each is not None:
+                each.close()
 
     def __exit__(self, *_error):
         self.stop.exports.discard(self)
