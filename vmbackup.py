@@ -803,17 +803,14 @@ class XvaCheck(Checker):
     def _member(self, block):
         """(name, size) of a tar header."""
         try:
-            size = int(block[124:136].strip(b" \0") or b"0", 8)
-            if sum(block) - sum(block[148:156]) + 8 * 32 != int(block[148:156].strip(b" \0"), 8):
-                raise ValueError
-            name = block[:100].split(b"\0")[0].decode("utf-8")
-        except ValueError:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError):
             text = _error_text(block, "no tar header in its place")
             raise ArchiveError("%s, after %s" % (text, self._name)) from None
-        if size < 0 or block[156:157] not in (b"\0", b"0"):
-            raise ArchiveError("unexpected kind of member: %r" % name)
-        self._name = name
-        return name, size
+        if header.size < 0 or header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise ArchiveError("unexpected kind of member: %r" % header.name)
+        self._name = header.name
+        return header.name, header.size
 
     def _filled(self, disk, offset):
         if disk is not None and offset != self._disks[disk]:
