@@ -30,24 +30,34 @@ import base64
 import collections
 import contextlib
 import datetime
+import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
+import importlib.util
 import io
+import itertools
+import json
 import mmap
 import os
-import queue
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
 import struct
 import subprocess
 import sys
+import tarfile
+import tempfile
+import termios
+import textwrap
 import threading
 import time
+import traceback
 import types
 import unicodedata
 import urllib.parse
@@ -55,7 +65,10 @@ import warnings
 import xml.parsers.expat
 import xmlrpc.client
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
+from email.message import EmailMessage
 from typing import Any
+from xml.dom import minidom
 
 __version__ = "4.0.0"
 
@@ -166,8 +179,7 @@ class ConnectionLost(XapiError):
 def describe(error):
     """One line about any exception; an OSError without Python's brackets around the number."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
-        name = getattr(error, "filename", None)
-        return "%s: %s" % (name, error.strerror) if name else error.strerror
+        return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
@@ -175,11 +187,9 @@ def reason_of(error):
     """The same for what ends a VM's backup or a run; a programming error names its place."""
     if isinstance(error, (BackupError, OSError)):
         return describe(error)
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
+    line = traceback.extract_tb(error.__traceback__)[-1].lineno
     return "internal error, please report it: %s at line %d: %s" % (
-        type(error).__name__, trace.tb_lineno, describe(error))  # fmt: skip
+        type(error).__name__, line, describe(error))
 
 
 def from_argv(arg):
@@ -202,9 +212,8 @@ def printable(text):
     with contextlib.suppress(UnicodeEncodeError):
         # A native file name in an ASCII locale holds its UTF-8 bytes as surrogates.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return re.sub(
-        "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def size_text(size):
@@ -334,7 +343,7 @@ SETTINGS = [Setting(*row) for row in (
     ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
     ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
-)]  # fmt: skip
+)]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
 
@@ -443,8 +452,6 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        import difflib
-
         names = list(RULE_KEYS) + list(KNOWN)
         near = "".join(" (%s?)" % name for name in difflib.get_close_matches(key, names, 1))
         raise ConfigError("ERROR - %s: unknown setting %s%s, allowed are %s"
@@ -539,9 +546,8 @@ def folder_name(name):
     '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
     cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
     """
-    escaped = re.sub(
-        "[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
-        lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
+    escaped = re.sub("[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
+                     lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
     # A name that looks like a cut one is hashed too, or it could meet the longer one's folder.
     if len(data) > 200 or (len(data) > 190 and re.search(r"~[0-9a-f]{8}\Z", escaped)):
@@ -637,15 +643,15 @@ def remove_folder(folder):
 # was proved, as a list of phrases for log and report. Nothing here touches network or disk.
 
 
-def _error_text(view):
-    """The message for bytes where none belong; xapi appends an HTTP 500 page after a failure."""
+def _error_text(view, otherwise="data after the end of the archive"):
+    """The message for bytes that do not belong there, which may be the HTTP 500 page that xapi
+    appends after a failure."""
     text = bytes(view[:2048]).decode("utf-8", "replace")
-    if text.startswith("HTTP/1."):
-        reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
-        return "the host broke off and appended an error page%s" % (
-            ": " + reason.group(1) if reason else ""
-        )
-    return "data after the end of the archive"
+    if not text.startswith("HTTP/1."):
+        return otherwise
+    reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
+    told = ": " + reason.group(1) if reason else ""
+    return "the host broke off and appended an error page" + told
 
 
 class Checker:
@@ -681,7 +687,6 @@ class Checker:
                 self._proceed(bytes(self._kept))
 
     def _after(self, view):
-        """Bytes after the end."""
         raise ArchiveError(_error_text(view))
 
     def finish(self):
@@ -798,18 +803,14 @@ class XvaCheck(Checker):
     def _member(self, block):
         """(name, size) of a tar header."""
         try:
-            size = int(block[124:136].strip(b" \0") or b"0", 8)
-            if sum(block) - sum(block[148:156]) + 8 * 32 != int(block[148:156].strip(b" \0"), 8):
-                raise ValueError
-            name = block[:100].split(b"\0")[0].decode("utf-8")
-        except ValueError:
-            http = block.startswith(b"HTTP/1.")
-            text = _error_text(block) if http else "no tar header in its place"
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError):
+            text = _error_text(block, "no tar header in its place")
             raise ArchiveError("%s, after %s" % (text, self._name)) from None
-        if size < 0 or block[156:157] not in (b"\0", b"0"):
-            raise ArchiveError("unexpected kind of member: %r" % name)
-        self._name = name
-        return name, size
+        if header.size < 0 or header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise ArchiveError("unexpected kind of member: %r" % header.name)
+        self._name = header.name
+        return header.name, header.size
 
     def _filled(self, disk, offset):
         if disk is not None and offset != self._disks[disk]:
@@ -863,9 +864,8 @@ class RawCheck(Checker):
 
     def finish(self):
         if self._seen != self._size:
-            if self._start.startswith(b"HTTP/1."):
-                raise ArchiveError(_error_text(self._start))
-            raise ArchiveError("%d of %d bytes arrived" % (self._seen, self._size))
+            short = "%d of %d bytes arrived" % (self._seen, self._size)
+            raise ArchiveError(_error_text(self._start, short))
         return ["size (%d bytes)" % self._size]
 
 
@@ -892,8 +892,7 @@ class VhdCheck(Checker):
     def _parse(self):
         self._footer = start = yield 512
         if not self._intact(start, b"conectix", 64):
-            http = start.startswith(b"HTTP/1.")
-            raise ArchiveError(_error_text(start) if http else "no VHD footer in front")
+            raise ArchiveError(_error_text(start, "no VHD footer in front"))
         at, size, kind = struct.unpack(">Q24xQ4xI", start[16:64])
         if kind != 3 or not 512 <= at <= MIB:
             raise ArchiveError("not a whole dynamic VHD")
@@ -924,10 +923,9 @@ class VhdCheck(Checker):
         if self._want:
             raise ArchiveError("the VHD is cut off at its beginning")
         if self._tail != self._footer:
-            at = self._tail.find(b"HTTP/1.")
-            if at >= 0:
-                raise ArchiveError(_error_text(self._tail[at:]))
-            raise ArchiveError("the VHD does not end in its footer: cut off, or data after it")
+            page = self._tail[max(self._tail.find(b"HTTP/1."), 0) :]
+            raise ArchiveError(_error_text(
+                page, "the VHD does not end in its footer: cut off, or data after it"))
         # Up to a page of padding may stand before the last footer.
         if not self._end <= self._seen - 512 <= self._end + 4096:
             raise ArchiveError("the VHD's table does not fit its length")
@@ -964,38 +962,34 @@ class ZstdCheck(Checker):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0."""
 
     def __init__(self, inner, command):
-        self._inner, self._failure = inner, None
+        self._inner = inner
         self._child = subprocess.Popen(
-            [command, "-dcq"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [command, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
-        )
+            start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
         self._stdout: Any = self._child.stdout  # a BufferedReader
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._reader = self._thread.submit(self._read)
 
     def _read(self):
         buffer = memoryview(bytearray(MIB))
         try:
             for count in iter(lambda: self._stdout.readinto(buffer), 0):
                 self._inner.feed(buffer[:count])
-        except Exception as error:
-            self._failure = error
+        except BaseException:
             self._child.kill()
+            raise
 
     def feed(self, data):
         try:
             self._child.stdin.write(data)
         except OSError:
-            self._reader.join()
-            raise self._failure or ArchiveError("the zstd stream is damaged") from None
+            failure = self._reader.exception()
+            raise failure or ArchiveError("the zstd stream is damaged") from None
 
     def finish(self):
         self.close()
-        if self._failure:
-            raise self._failure
+        self._reader.result()
         if self._child.returncode:
             raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
         return ["zstd"] + self._inner.finish()
@@ -1003,7 +997,7 @@ class ZstdCheck(Checker):
     def close(self):
         with contextlib.suppress(OSError):
             self._child.stdin.close()
-        self._reader.join()
+        self._thread.shutdown()
         self._stdout.close()
         self._child.wait()
 
@@ -1064,7 +1058,7 @@ def make_checker(file_name, size=None):
 
 CONNECT_TIMEOUT = 30  # seconds
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
-             (socket.TCP_KEEPCNT, 8))  # fmt: skip
+             (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
 SILENCE = 30  # seconds without a byte after which the host is asked how the task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
@@ -1222,10 +1216,9 @@ class Transport(xmlrpc.client.Transport):
         self._endpoint, self._timeout, self._used = endpoint, timeout, 0.0
 
     def make_connection(self, host):
-        if self._connection and time.monotonic() - self._used > 5:
+        if time.monotonic() - self._used > 5:
             self.close()
-        if not self._connection or self._connection[0] != host:
-            self._extra_headers = []
+        if self._connection[0] != host:
             self._connection = host, Connection(self._endpoint, self._timeout)
         return self._connection[1]
 
@@ -1238,7 +1231,7 @@ class Transport(xmlrpc.client.Transport):
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
 BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError,
-          xml.parsers.expat.ExpatError)  # fmt: skip
+          xml.parsers.expat.ExpatError)
 
 
 def send(session, method, args):
@@ -1652,11 +1645,8 @@ class Export:
         if it failed, was cancelled or does not end within a minute of the stream's end."""
         deadline = time.monotonic() + TASK_ENDS
         while True:
-            try:
-                record = self.xapi.call("task.get_record", self.task)
-            except XapiError as error:
-                if error.code != "HANDLE_INVALID":
-                    raise
+            record = self.xapi.records("task", [self.task]).get(self.task)
+            if record is None:
                 self._ended = True
                 return False
             if record["status"] in ("success", "failure", "cancelled"):
@@ -1670,10 +1660,9 @@ class Export:
             self.stop.sleep(0.3)
 
     def _disconnect(self):
-        if self._response is not None:
-            self._response.close()
-        if self._sock is not None:
-            self._sock.close()
+        for each in (self._response, self._sock):
+            if each is not None:
+                each.close()
 
     def __exit__(self, *_error):
         self.stop.exports.discard(self)
@@ -1705,36 +1694,27 @@ class FileWriter:
     def __init__(self, path):
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         self._written = self._synced = 0
-        self._windows, self._error = queue.Queue(1), None
-        self._helper = threading.Thread(target=self._flush, daemon=True)
-        self._helper.start()
+        self._helper, self._flushed = ThreadPoolExecutor(1), None
 
     def write(self, view):
-        if self._error:
-            raise self._error
         while len(view):
             count = os.write(self._fd, view)
             view = view[count:]
             self._written += count
         if self._written - self._synced >= SYNC_EVERY:
-            self._windows.put((self._synced, self._written - self._synced))
+            if self._flushed:
+                self._flushed.result()
+            self._flushed = self._helper.submit(self._flush, self._synced, self._written)
             self._synced = self._written
 
-    def _flush(self):
-        for start, length in iter(self._windows.get, None):
-            if self._error is None:
-                try:
-                    os.fdatasync(self._fd)
-                    os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
-                except OSError as error:
-                    self._error = error
+    def _flush(self, start, end):
+        os.fdatasync(self._fd)
+        os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def finish(self):
         """Returns when all is safely on disk; raises OSError if it is not."""
-        self._windows.put(None)
-        self._helper.join()
-        if self._error:
-            raise self._error
+        if self._flushed:
+            self._flushed.result()
         os.fsync(self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -1742,28 +1722,8 @@ class FileWriter:
         return self
 
     def __exit__(self, *_error):
-        if self._helper.is_alive():
-            self._windows.put(None)
-            self._helper.join()
+        self._helper.shutdown()
         os.close(self._fd)
-
-
-class Consumer(threading.Thread):
-    """Takes filled buffers in a thread of its own; keeps its first error and drains after it."""
-
-    def __init__(self, take):
-        super().__init__(daemon=True)
-        self._take, self.inbox, self.error = take, queue.Queue(), None
-        self.start()
-
-    def run(self):
-        for view, release in iter(self.inbox.get, None):
-            if self.error is None:
-                try:
-                    self._take(view)
-                except Exception as error:
-                    self.error = error
-            release()
 
 
 def pump(readinto, *takers):
@@ -1771,34 +1731,22 @@ def pump(readinto, *takers):
     its own, while the next piece is read: network, hash, check and disk overlap (all release the
     GIL). Memory is bounded by BUFFERS * BUFFER bytes. Raises the first error of reader or takers.
     """
-    free = queue.Queue()
-    for _ in range(BUFFERS):
-        free.put(memoryview(mmap.mmap(-1, BUFFER)))  # goes back to the system after use
-    consumers = [Consumer(take) for take in takers]
-    try:
-        while not any(consumer.error for consumer in consumers):
-            buffer = free.get()
+    # An mmap goes back to the system after use.
+    buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(BUFFERS)]
+    jobs = collections.deque()  # a future for each taker of each piece, the oldest piece first
+    with contextlib.ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in takers]
+        for buffer in itertools.cycle(buffers):
+            in_use = (BUFFERS - 1) * len(takers)  # what may be under way while `buffer` is filled
+            while jobs and (len(jobs) > in_use or jobs[0].done()):
+                jobs.popleft().result()
             count = readinto(buffer)
             if not count:
                 break
-            done = iter([None] * (len(consumers) - 1))  # next() is atomic: the last taker frees
-
-            def release(done=done, buffer=buffer):
-                try:
-                    next(done)
-                except StopIteration:
-                    free.put(buffer)
-
-            for consumer in consumers:
-                consumer.inbox.put((buffer[:count], release))
-    finally:
-        for consumer in consumers:
-            consumer.inbox.put(None)
-        for consumer in consumers:
-            consumer.join()
-    for consumer in consumers:
-        if consumer.error:
-            raise consumer.error
+            for thread, take in zip(threads, takers):
+                jobs.append(thread.submit(take, buffer[:count]))
+        for job in jobs:
+            job.result()
 
 
 # What came of an export: bytes, SHA-256 in hex, phrases of what was proved, task success or gone.
@@ -1943,10 +1891,9 @@ def check_space(backup_dir, expected, reserved=0):
     """Raises BackupError with both figures if `expected` bytes do not fit."""
     free = shutil.disk_usage(backup_dir).free - reserved
     if expected > free:
-        raise BackupError(
-            "not enough space in %s: %s to expect, %s free (delete something, lower max_backups, or"
-            " set pre_clean=True or space_check=False)"
-            % (backup_dir, size_text(expected), size_text(max(free, 0))))
+        raise BackupError("not enough space in %s: %s to expect, %s free (delete something, lower"
+                          " max_backups, or set pre_clean=True or space_check=False)"
+                          % (backup_dir, size_text(expected), size_text(max(free, 0))))
 
 
 def is_ours(snapshot, source_ref, source, our_name):
@@ -2059,12 +2006,9 @@ class VmBackup:
 
     def _look_up_vm(self):
         self.vm_ref = self.choice.refs[0]
-        try:
-            self.vm = self.xapi.call("VM.get_record", self.vm_ref)
-        except XapiError as error:
-            if error.code == "HANDLE_INVALID":
-                raise BackupError("the VM was deleted since this run began") from None
-            raise
+        self.vm = self.xapi.records("VM", [self.vm_ref]).get(self.vm_ref)
+        if self.vm is None:
+            raise BackupError("the VM was deleted since this run began")
         self.outcome.uuid = self.vm["uuid"]
         if self.vm["name_label"] != self.choice.name:
             self.warn("the VM is now called %s" % self.vm["name_label"])
@@ -2135,16 +2079,15 @@ class VmBackup:
         return expected
 
     def _make_folder(self):
-        moment, tried, folder = datetime.datetime.now(), "", None
-        while not folder:
-            name = moment.strftime(self.settings.backup_dir_pattern)
+        moment, tried = datetime.datetime.now(), ""
+        while not self.folder:
+            name = native(moment.strftime(self.settings.backup_dir_pattern))
             if name != tried:  # a pattern may have no seconds
                 with contextlib.suppress(FileExistsError):  # two at once, or a clock set back
-                    os.mkdir(os.path.join(self.vm_dir, native(name)), 0o700)
-                    folder = os.path.join(self.vm_dir, native(name))
+                    os.mkdir(os.path.join(self.vm_dir, name), 0o700)
+                    self.folder = os.path.join(self.vm_dir, name)
             tried = name
             moment += datetime.timedelta(seconds=1)
-        self.folder = folder
         self._write_file(UNFINISHED, "", listed=False)
         self.log("new backup folder %s" % self.folder)
 
@@ -2159,11 +2102,9 @@ class VmBackup:
     # --- snapshot and export ---
 
     def _export_vm(self, expected):
-        snapshot = None
         self.outcome.status = "SNAPSHOT-FAIL"
-        left_out = [disk.ref for disk in self.disks if disk.left_out]
+        snapshot = self._snapshot_vm([disk.ref for disk in self.disks if disk.left_out])
         try:
-            snapshot = self._snapshot_vm(left_out)
             self.stop.check()
             self.outcome.status = "TEMPLATE-PARAM-SET-FAIL"
             record = self._mark("VM", snapshot)
@@ -2184,8 +2125,7 @@ class VmBackup:
                 query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
             self._stream("/export", query, make_checker(self.file_name), expected)
         finally:
-            if snapshot:
-                self._destroy("VM", snapshot, self.vm_ref)
+            self._destroy("VM", snapshot, self.vm_ref)
 
     def _snapshot_vm(self, left_out):
         arguments = [self.vm_ref, "RESTORE_" + self.choice.name]
@@ -2216,10 +2156,9 @@ class VmBackup:
             raise BackupError("the VM has no first disk (xvda, hda, sda or userdevice 0)")
         if disk.left_out:
             raise BackupError("its first disk is marked [NOBAK]")
-        snapshot = None
         self.outcome.status = "VDI-SNAPSHOT-FAIL"
+        snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
         try:
-            snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
             self.outcome.status = "VDI-PARAM-SET-FAIL"
             record = self._mark("VDI", snapshot)
             self.stop.check()
@@ -2231,8 +2170,7 @@ class VmBackup:
             checker = make_checker(self.file_name, int(record["virtual_size"]))
             self._stream("/export_raw_vdi", query, checker, expected)
         finally:
-            if snapshot:
-                self._destroy("VDI", snapshot, disk.ref)
+            self._destroy("VDI", snapshot, disk.ref)
 
     def _mark(self, kind, snapshot):
         """Marks a new snapshot as ours; returns its record."""
@@ -2389,12 +2327,8 @@ class VmBackup:
 
     def _fetch_ova(self):
         """The ova.xml of the VM's /export_metadata, indented."""
-        import tarfile
-        from xml.dom import minidom
-
         query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
-        with Export(self.xapi, self.stop, "/export_metadata", query,
-                    self.choice.name) as export:
+        with Export(self.xapi, self.stop, "/export_metadata", query, self.choice.name) as export:
             pump(export.readinto, data.extend)
             export.verdict()
         if len(data) % 512 or not data.endswith(bytes(1024)):
@@ -2512,7 +2446,7 @@ def _preview_vm(settings, choice, vm, disks, log):
     simple = choice.rule.simple
     log("%s: %s, chosen by %s; %s; disks: %s; about %s to expect" % (
         choice.name, choice.kind, "its name" if simple else "%s=%s" % choice.rule[:2],
-        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))  # fmt: skip
+        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))
     why = "the oldest beyond %d" % keep
     text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
     log("%s: has %d backups, keeps %d, %s" % (choice.name, len(backups(folders)), keep, text))
@@ -2565,11 +2499,9 @@ class Run:
 
     def execute(self, hosts, credentials, preview):
         """Connects, chooses, and previews or backs up. Returns the exit status."""
-
-        def new_xapi():
-            return Xapi(hosts, credentials, self.log)
-
-        settings, log, xapi = self.settings, self.log, new_xapi()
+        settings, log = self.settings, self.log
+        new_xapi = functools.partial(Xapi, hosts, credentials, log)
+        xapi = new_xapi()
         if not settings.tls_verify:
             log("***WARNING - tls_verify=False: the host's certificate is not checked")
         try:
@@ -2616,8 +2548,6 @@ class Run:
     def _back_up_vms(self, xapi, new_xapi, choices):
         """Backs up the VMs, `parallel` at a time; tells of each what came of it at once, but in the
         order of choices."""
-        from concurrent.futures import ThreadPoolExecutor, wait
-
         idle = [new_xapi() for _ in range(self.settings.parallel - 1)] + [xapi]
         ended, untold, turn = {}, collections.deque(range(len(choices))), threading.Lock()
 
@@ -2646,9 +2576,8 @@ class Run:
             for future in futures:
                 future.result()
         finally:
-            for other in idle:
-                if other is not xapi:
-                    other.close()
+            for each in idle:
+                each.close()
 
     def _back_up_pool_db(self, xapi):
         """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
@@ -2675,10 +2604,9 @@ class Run:
             try:
                 saved = save(export, path + ".partial", DatabaseCheck())
                 os.rename(path + ".partial", path)
-            except BaseException:
+            finally:
                 with contextlib.suppress(OSError):
                     os.unlink(path + ".partial")
-                raise
             sync_folder(folder)
             outcome.folder, outcome.file = folder, name
             outcome.bytes, outcome.checks = saved.size, saved.checks
@@ -2732,8 +2660,6 @@ class Run:
 
 def check_writable(path):
     """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
-    import tempfile
-
     try:
         tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
     except OSError as error:
@@ -2746,8 +2672,7 @@ def check_writable(path):
 
 def verify(top, only, log):
     """Proves every marked backup below `top` (backup_dir, a VM's folder or one backup) at rest:
-    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or there is none.
-    """
+    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
     good = bad = 0
     for folder in marked_folders(top):
         vm = os.path.basename(os.path.dirname(folder))
@@ -2769,22 +2694,15 @@ def verify(top, only, log):
     return 0 if fine else 2
 
 
-def marked_folders(top):
-    """Paths of the folders with a marker: `top` itself or up to two levels below, sorted."""
-    found, level = [], [top]
-    for _depth in range(3):
-        inner = []
-        for folder in level:
-            # A VM may be called `success` too.
-            if any(os.path.isfile(os.path.join(folder, marker)) for marker in MARKERS):
-                found.append(folder)
-                continue
-            for name in os.listdir(folder):
-                path = os.path.join(folder, name)
-                if os.path.isdir(path) and not os.path.islink(path):
-                    inner.append(path)
-        level = inner
-    return sorted(found)
+def marked_folders(top, depth=2):
+    """Paths of the folders with a marker: `top` itself or up to `depth` levels below, sorted."""
+    # A VM may be called `success` too.
+    if any(os.path.isfile(os.path.join(top, marker)) for marker in MARKERS):
+        return [top]
+    with os.scandir(top) as entries:
+        inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    found = [marked_folders(path, depth - 1) for path in inner if depth]
+    return sorted(itertools.chain(*found))
 
 
 def verify_folder(folder):
@@ -2814,16 +2732,14 @@ def verify_folder(folder):
 def read_sums(path):
     """{file name: SHA-256} of a SHA256SUMS file, empty if there is none (3.25 wrote none)."""
     sums = {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for line in file:
-                match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
-                if not match:
-                    raise ArchiveError("SHA256SUMS is damaged")
-                escaped, value, name = match.groups()
-                sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
-    except FileNotFoundError:
-        return {}
+    with contextlib.suppress(FileNotFoundError), open(
+            path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
+            if not match:
+                raise ArchiveError("SHA256SUMS is damaged")
+            escaped, value, name = match.groups()
+            sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
     return sums
 
 
@@ -2903,7 +2819,7 @@ class Log:
         left = (expected - export.received) / rate if rate else 0
         return "%s: %d of about %d MiB, %.0f MB/s, %d:%02d left" % (
             printable(export.what), export.received // MIB, expected // MIB, rate / 1e6,
-            left // 60, left % 60)  # fmt: skip
+            left // 60, left % 60)
 
 
 PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
@@ -2972,21 +2888,18 @@ def report(run):
         "counts": dict(zip(("success", "warning", "error"), run.counts())),
         "warnings": run.settings.warnings,
         "vms": [{
-            "name": item.name, "uuid": item.uuid, "kind": item.kind,
-            "status": item.result,
+            "name": item.name, "uuid": item.uuid, "kind": item.kind, "status": item.result,
             "folder": item.folder, "file": item.file, "bytes": item.bytes,
             "seconds": round(item.seconds, 3),
             "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
             "checks": item.checks, "warnings": item.warnings, "error": item.error,
             "pruned": item.pruned,
         } for item in run.outcomes],
-    }  # fmt: skip
+    }
 
 
 def write_json(run):
     """Replaces report_json atomically."""
-    import json
-
     path = os.path.realpath(run.settings.report_json)
     text = json.dumps(report(run), indent=2, ensure_ascii=False)
     temporary = "%s.%d.tmp" % (path, os.getpid())
@@ -3001,10 +2914,6 @@ def write_json(run):
 
 def send_mail(run, lines):
     """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
-    import functools
-    import smtplib
-    from email.message import EmailMessage
-
     settings, message, word = run.settings, EmailMessage(), status_word(run.exit_status)
     server = socket.gethostname()  # as in upstream's subject, for those who filter by it
     message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
@@ -3039,13 +2948,18 @@ def send_mail(run, lines):
             run.stop.sleep(5)
 
 
-def read_password_file(path, plain=False):
-    """The password in a file made by create-password-file; plain: or else the file's text."""
+def read_file(path):
+    """The bytes of a config or password file: not many more than a config file may have."""
     try:
         with open(path, "rb") as file:
-            data = file.read(65536).strip()
+            return file.read(MIB + 1)
     except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+
+
+def read_password_file(path, plain=False):
+    """The password in a file made by create-password-file; plain: or else the file's text."""
+    data = read_file(path).strip()
     try:
         return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
     except ValueError:
@@ -3155,8 +3069,6 @@ EXAMPLE = """\
 
 def config_text():
     """What `config` prints and example.cfg holds."""
-    import textwrap
-
     parts = []
     for item in SETTINGS:
         about = textwrap.fill(item.about, 96, initial_indent="# ", subsequent_indent="# ")
@@ -3165,8 +3077,6 @@ def config_text():
 
 
 def help_text():
-    import textwrap
-
     lines = []
     for item in SETTINGS:
         about = "%s (default: %s)" % (item.about, item.default or "none")
@@ -3176,7 +3086,7 @@ def help_text():
 
 
 TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
-         "version": lambda: "vmbackup.py %s\n" % __version__}  # fmt: skip
+         "version": lambda: "vmbackup.py %s\n" % __version__}
 
 
 def command(words, log):
@@ -3245,7 +3155,7 @@ def parse_command(selector, words):
     config, path, pairs, preview = [], native(selector), [], False
     is_config = os.path.isfile(path)
     if is_config:
-        config = load_config(path)
+        config = read_config(read_file(path), path)
     else:
         key, separator, value = selector.partition("=")
         if not re.sub(r":[0-9]+\Z", "", selector).strip():
@@ -3272,18 +3182,8 @@ def parse_command(selector, words):
     return settings, preview
 
 
-def load_config(path):
-    try:
-        with open(path, "rb") as file:
-            return read_config(file.read(MIB + 1), path)
-    except OSError as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-
-
 def check_packages():
     """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
-    import importlib.util
-
     for module in ("XenAPI", "requests"):
         if importlib.util.find_spec(module) is None:
             raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
@@ -3299,8 +3199,7 @@ def check_paths(settings):
         raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
         file = getattr(settings, key)
-        fits = file and os.path.isdir(os.path.dirname(file) or ".") and not os.path.isdir(file)
-        if file and not fits:
+        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
@@ -3345,8 +3244,6 @@ def no_echo(stream):
     if not is_terminal(stream):
         yield
         return
-    import termios
-
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
@@ -3398,12 +3295,12 @@ def create_password_file(path, password, log):
 
 
 def verify_command(words, log):
-    """verify <config-file|folder> [vm-name]"""
     if not 1 <= len(words) <= 2:
         raise ConfigError("ERROR - usage: vmbackup.py verify <config-file|folder> [vm-name]")
     top = native(words[0])
     if os.path.isfile(top):
-        given = [value for key, value, _ in load_config(top) if key == "backup_dir" and value]
+        config = read_config(read_file(top), top)
+        given = [value for key, value, _ in config if key == "backup_dir" and value]
         top = native(given[-1]) if given else KNOWN["backup_dir"].default
     if not os.path.isdir(top):
         raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
