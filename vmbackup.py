@@ -30,7 +30,6 @@ import base64
 import collections
 import contextlib
 import datetime
-import difflib
 import errno
 import fcntl
 import functools
@@ -45,16 +44,13 @@ import os
 import re
 import shutil
 import signal
-import smtplib
 import socket
 import ssl
 import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import termios
-import textwrap
 import threading
 import time
 import traceback
@@ -66,9 +62,7 @@ import xml.parsers.expat
 import xmlrpc.client
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
-from email.message import EmailMessage
 from typing import Any
-from xml.dom import minidom
 
 __version__ = "4.0.0"
 
@@ -452,6 +446,8 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
+        import difflib
+
         names = list(RULE_KEYS) + list(KNOWN)
         near = "".join(" (%s?)" % name for name in difflib.get_close_matches(key, names, 1))
         raise ConfigError("ERROR - %s: unknown setting %s%s, allowed are %s"
@@ -2327,6 +2323,8 @@ class VmBackup:
 
     def _fetch_ova(self):
         """The ova.xml of the VM's /export_metadata, indented."""
+        from xml.dom import minidom
+
         query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
         with Export(self.xapi, self.stop, "/export_metadata", query, self.choice.name) as export:
             pump(export.readinto, data.extend)
@@ -2660,6 +2658,8 @@ class Run:
 
 def check_writable(path):
     """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
+    import tempfile
+
     try:
         tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
     except OSError as error:
@@ -2914,6 +2914,9 @@ def write_json(run):
 
 def send_mail(run, lines):
     """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
+    import smtplib
+    from email.message import EmailMessage
+
     settings, message, word = run.settings, EmailMessage(), status_word(run.exit_status)
     server = socket.gethostname()  # as in upstream's subject, for those who filter by it
     message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
@@ -3069,6 +3072,8 @@ EXAMPLE = """\
 
 def config_text():
     """What `config` prints and example.cfg holds."""
+    import textwrap
+
     parts = []
     for item in SETTINGS:
         about = textwrap.fill(item.about, 96, initial_indent="# ", subsequent_indent="# ")
@@ -3077,6 +3082,8 @@ def config_text():
 
 
 def help_text():
+    import textwrap
+
     lines = []
     for item in SETTINGS:
         about = "%s (default: %s)" % (item.about, item.default or "none")
