@@ -730,14 +730,16 @@ def find_xxh64():
 
 class XvaCheck(Checker):
     """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
-    filled to its virtual_size, two zero blocks, then nothing but zeros.
+    filled to its virtual_size, two zero blocks, then nothing but zeros. uuids: the VDIs that have
+    to be in it; without them the archive itself says which disks it holds.
 
     Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
     numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
     chunk is a keep-alive.
     """
 
-    def __init__(self):
+    def __init__(self, uuids=()):
+        self._uuids = uuids
         self._kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
         self._name = "the very beginning"
         self._disks = {}
@@ -748,7 +750,7 @@ class XvaCheck(Checker):
         name, size = self._member((yield 512))
         if name != "ova.xml" or not 0 < size <= 256 * MIB:
             raise ArchiveError("the archive does not begin with ova.xml")
-        self._disks = expected_disks((yield size + -size % 512)[:size])
+        self._disks = expected_disks((yield size + -size % 512)[:size], self._uuids)
         disk, offset, last, unit, done = None, 0, -1, None, []
         block = yield 512
         while block.strip(b"\0"):
@@ -825,9 +827,10 @@ class XvaCheck(Checker):
         return [proved, "NOT %d chunk hashes (no libxxhash here)" % (self._chunks - self._hashed)]
 
 
-def expected_disks(data):
+def expected_disks(data, uuids=()):
     """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold. It is
-    one XML-RPC value without a prolog."""
+    one XML-RPC value without a prolog. Raises ArchiveError if it lacks a VDI of `uuids`: one that
+    was destroyed since the snapshot leaves no other trace in an export (export.ml)."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     data, by_class = re.sub(rb"^\s*<\?xml[^>]*>", b"", data), collections.defaultdict(dict)
@@ -841,9 +844,13 @@ def expected_disks(data):
             sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
             if vbd["type"] != "CD" and sr.get("content_type") != "iso":
                 wanted.append(vbd["VDI"])
-        return {vdi: int(vdis[vdi]["virtual_size"]) for vdi in wanted if vdi in vdis}
+        found = {vdi: int(vdis[vdi]["virtual_size"]) for vdi in wanted if vdi in vdis}
+        absent = sorted(set(uuids) - {vdi.get("uuid") for vdi in vdis.values()})
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
+    if absent:
+        raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % ", ".join(absent))
+    return found
 
 
 class RawCheck(Checker):
@@ -998,6 +1005,9 @@ class ZstdCheck(Checker):
         self._child.wait()
 
 
+UNPROVED = "NOT the archive inside (no zstd command here)"
+
+
 class ZstdFrameCheck(Checker):
     """Walks the blocks of one zstd frame without decompressing (RFC 8878): proves that the frame
     ends where the file does, and nothing about what is in it."""
@@ -1020,7 +1030,7 @@ class ZstdFrameCheck(Checker):
     def finish(self):
         if self._want:
             raise ArchiveError("the zstd stream is cut off")
-        return ["zstd frame", "NOT the archive inside (no zstd command here)"]
+        return ["zstd frame", UNPROVED]
 
 
 class DatabaseCheck(Checker):
@@ -1038,15 +1048,16 @@ class DatabaseCheck(Checker):
         return ["</database>"]
 
 
-def make_checker(file_name, size=None):
-    """The checker for an export by its file name; size: virtual_size in bytes of a single disk."""
+def make_checker(file_name, size=None, uuids=()):
+    """The checker for an export by its file name; size: virtual_size in bytes of a single disk;
+    uuids: of the VDIs that have to be in an XVA."""
     if file_name.endswith(".xva"):
-        return XvaCheck()
+        return XvaCheck(uuids)
     if file_name.endswith(".xva.gz"):
-        return GzipCheck(XvaCheck())
+        return GzipCheck(XvaCheck(uuids))
     if file_name.endswith(".xva.zst"):
         command = shutil.which("zstd")
-        return ZstdCheck(XvaCheck(), command) if command else ZstdFrameCheck()
+        return ZstdCheck(XvaCheck(uuids), command) if command else ZstdFrameCheck()
     return VhdCheck(size) if file_name.endswith(".vhd") else RawCheck(size)
 
 
@@ -1541,21 +1552,23 @@ class Export:
                     endpoint, target or self._path + "?" + urllib.parse.urlencode(full))
             except BROKEN as error:
                 self.stop.check()
-                raise self.failure() or ConnectionLost(self.reason or error) from None
+                # urllib3's text for an error of TLS holds the URL, and with it the session.
+                cause = getattr(error.args[0] if error.args else None, "reason", None) or error
+                raise self.failure() or ConnectionLost(self.reason or cause) from None
             if status == 200:
                 return
-            page = self._error_page()
-            self._disconnect()
             if status == 401 and not renewed:
+                self._disconnect()
                 renewed, target, endpoint = True, None, self.xapi.endpoint
                 self.xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
                 with contextlib.suppress(XapiError):
                     self.xapi.call("task.destroy", self.task)
                 self._make_task()
             elif status in (301, 302, 307, 308) and location and hops < 5:
+                self._disconnect()
                 hops += 1
-                url = urllib.parse.urlsplit(location)
                 try:
+                    url = urllib.parse.urlsplit(location)
                     endpoint = self.xapi.member(parse_host("%s://%s" % (url.scheme, url.netloc)))
                 except ValueError:
                     raise XapiError(["REDIRECT", location.split("?")[0]], "not followed") from None
@@ -1563,7 +1576,8 @@ class Export:
             elif status == 302:
                 raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
             else:
-                told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?", page, re.S)
+                told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?",
+                                 self._error_page(), re.S)
                 details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
                 raise self.failure() or XapiError(details or ["HTTP_%d" % status],
                                                   "the host answered %d" % status)
@@ -1573,12 +1587,12 @@ class Export:
         import requests
         import urllib3
 
-        export = self
+        sock = self._sock = endpoint.open_socket(None)
+        self.stop.check()  # a signal before this line found no socket to shut down
 
         class Direct(urllib3.connection.HTTPConnection):
             def connect(self):
-                self.sock = export._sock = endpoint.open_socket(None)
-                export.stop.check()  # a signal before this line found no socket to shut down
+                self.sock = sock
 
         class Adapter(requests.adapters.HTTPAdapter):
             def get_connection_with_tls_context(self, *_args, **_options):
@@ -1590,6 +1604,8 @@ class Export:
 
         with requests.Session() as session:
             session.trust_env = False
+            # Or requests would wait for the end of the body of a redirect.
+            session.get_redirect_target = lambda _response: None
             session.mount("http://", Adapter())
             headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
             self._response = session.get("http://xapi" + target, headers=headers, stream=True,
@@ -1611,7 +1627,6 @@ class Export:
 
     def _error_page(self):
         buffer = bytearray(16384)
-        # requests has read and closed the body of a redirect by itself.
         with contextlib.suppress(OSError, BackupError):
             self._sock.settimeout(CONNECT_TIMEOUT)
             return bytes(buffer[: self.readinto(memoryview(buffer))]).decode("utf-8", "replace")
@@ -2110,6 +2125,7 @@ class VmBackup:
                 self.xapi.call("VM.set_ha_restart_priority", snapshot, "")
             self.outcome.status = "VM-EXPORT-FAIL"
             disks = self._disks_of(record)
+            self._compare(disks)
             self._metadata(record, [disk for disk in disks if not disk.left_out])
             for disk in disks:
                 if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
@@ -2119,9 +2135,18 @@ class VmBackup:
             query = {"ref": snapshot}
             if self.settings.compress != "False":
                 query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
-            self._stream("/export", query, make_checker(self.file_name), expected)
+            uuids = [disk.vdi["uuid"] for disk in disks if not disk.left_out]
+            self._stream("/export", query, make_checker(self.file_name, uuids=uuids), expected)
         finally:
             self._destroy("VM", snapshot, self.vm_ref)
+
+    def _compare(self, disks):
+        """Raises BackupError if the snapshot's disks are not those that the VM had before it."""
+        taken = {disk.vbd["userdevice"] for disk in disks}
+        lost = [d.label for d in self.disks if not d.left_out and d.vbd["userdevice"] not in taken]
+        if lost:
+            raise BackupError("the snapshot lacks the disk %s: somebody removed it meanwhile"
+                              % ", ".join(lost))
 
     def _snapshot_vm(self, left_out):
         arguments = [self.vm_ref, "RESTORE_" + self.choice.name]
@@ -2183,6 +2208,13 @@ class VmBackup:
             record = self.xapi.call(kind + ".get_record", ref)
             if not record["is_a_snapshot"] or record["snapshot_of"] != source:
                 raise BackupError("it is not a snapshot of this VM: left alone")
+            pauses = iter(DETACH_PAUSES)
+            while record.get("current_operations"):
+                pause = next(pauses, None)
+                if pause is None:
+                    raise BackupError("something else is working on it")
+                time.sleep(pause)
+                record = self.xapi.call(kind + ".get_record", ref)
             if kind == "VM":
                 vbds = self.xapi.records("VBD", record["VBDs"]).values()
                 vdis = [vbd["VDI"] for vbd in vbds if vbd["type"] == "Disk"]
@@ -2219,6 +2251,9 @@ class VmBackup:
         export = Export(self.xapi, self.stop, path, query, self.choice.name, expected)
         saved = save(export, partial, checker)
         if not saved.task_known:
+            if UNPROVED in saved.checks:
+                raise BackupError("the host lost the task, and without the command zstd nothing"
+                                  " else proves the archive whole: install zstd")
             self.warn("the host lost the task: only the check of the archive vouches for it")
         self.log("export proved whole: HTTP 200, %s" % ", ".join(saved.checks))
         outcome = self.outcome

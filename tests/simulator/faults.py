@@ -31,7 +31,7 @@ client gets them.
     export_reset        (wire) TCP reset after N bytes; the task fails (EPIPE)
     export_silence      (wire) nothing is sent for ``seconds`` at N bytes, or until it is cleared
     export_rate         (wire) not more than ``bytes`` a second
-    export_slow_start   ``seconds`` between the headers and the first byte
+    export_slow_start   ``seconds`` between the headers and the first byte, or until it is cleared
     export_empty_reply  the task fails with error_info (default NO_HOSTS_AVAILABLE), the connection
                         closes without a byte
     export_401          as for an unknown session
@@ -58,7 +58,7 @@ CALLS.  ``method`` is e.g. "VM.snapshot" (its Async form counts as well), or "*"
 ``moment`` is "before" (default) or "after" the call is executed; for Async, its work.
     rpc_error           fails with error_info; immediate=true also for Async, instead of in the task
     rpc_drop            the connection closes without an answer
-    rpc_hang            waits ``seconds`` (default 3600)
+    rpc_hang            waits ``seconds`` (default 3600), or until it is cleared
     rpc_http            answers HTTP ``code`` (default 503)
     login_error         session.login_with_password fails with error_info (default
                         SESSION_AUTHENTICATION_FAILED) after ``delay`` seconds

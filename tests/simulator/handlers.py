@@ -354,7 +354,8 @@ class Handler:
         self.entry["outcome"] = "200"
         slow = self.fault("export_slow_start")
         if slow:
-            time.sleep(slow.get("seconds", 1))
+            server.sleep_unless(lambda: not self.simulator.faults.is_set(slow),
+                                slow.get("seconds", 1))
         send = self.connection.send
         rate = self.fault("export_rate")
         if rate:

@@ -310,7 +310,8 @@ class Connection:
         hang = self.simulator.faults.take("rpc_hang", **occasion)
         if hang:
             restarts = self.simulator.restarts
-            sleep_unless(lambda: self.simulator.restarts != restarts, hang.get("seconds", 3600))
+            sleep_unless(lambda: self.simulator.restarts != restarts
+                         or not self.simulator.faults.is_set(hang), hang.get("seconds", 3600))
         if self.simulator.faults.take("rpc_drop", **occasion):
             entry["outcome"] = "dropped"
             return False
