@@ -9,8 +9,9 @@ What it promises:
   * A folder is a backup only if it bears the marker, and the marker is made last, by one atomic
     rename, after the export was checked, flushed to disk and renamed.
   * The marker is made only if HTTP said 200, the stream ended, XAPI's task succeeded and the
-    archive is complete to its last byte (every disk filled, every chunk's hash right, nothing
-    after the end). HTTP and end of stream alone prove nothing: export.ml answers 200 first.
+    archive is complete to its last byte (every disk of the snapshot in it and filled, every chunk's
+    hash right, nothing after the end). HTTP and end of stream alone prove nothing: export.ml
+    answers 200 first.
   * Deleted on disk are only marked folders beyond max_backups and unfinished folders of this
     program; never the newest good backup, nothing with a foreign file in it.
   * Destroyed on the pool are only snapshots proved to be this program's: is_a_snapshot,
@@ -46,6 +47,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -347,7 +349,7 @@ class Settings(types.SimpleNamespace):
     run's, and `notes` that do not."""
 
     def __init__(self):
-        super().__init__(rules=[], warnings=[], notes=[], config_file=None)
+        super().__init__(rules=[], warnings=[], notes=[], config_file=None, password_file=None)
         for item in SETTINGS:
             setattr(self, item.name, item.parse(item.default) if item.default else None)
 
@@ -385,7 +387,7 @@ def make_rule(key, value):
     name, keep = value, None
     match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL) if key != "exclude" else None
     if match:
-        name, keep = match.group(1).rstrip(), int(match.group(2))
+        name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # A simple name that is empty would match no VM: an empty vm-export= means all of them.
@@ -528,9 +530,9 @@ def time_limit(seconds, message):
 
 # A folder of a VM. created: seconds since 1970, or None if its name is in no known pattern.
 Folder = collections.namedtuple("Folder", "name created marker partial")
-EXPORT = re.compile(r".*\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
+EXPORT = re.compile(r"(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
 OWN_FILES = re.compile(
-    r"([^/]*\.(xva|xva\.gz|xva\.zst|raw|vhd)(\.partial)?|vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
+    r"(vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
     r"success|success_(restore|compress|compressing)|unfinished\.partial|"
     r"DISK-[^/]*/(vbd|vdi)\.cfg|VIFs/vif-[^/]*\.cfg)\Z", re.DOTALL)
 OWN_FOLDERS = re.compile(r"(DISK-[^/]*|VIFs)\Z", re.DOTALL)
@@ -597,7 +599,9 @@ def list_folders(path, patterns):
 
 
 def foreign_entry(folder):
-    """The first thing in a backup's folder that no version of this program wrote, or None."""
+    """The first thing in a backup's folder that no version of this program wrote, or None. An
+    export bears the name of the VM's folder: anything else.raw may be what a user unpacked."""
+    vm = os.path.basename(os.path.dirname(folder))
 
     def refuse(error):
         raise error
@@ -606,8 +610,10 @@ def foreign_entry(folder):
         for name in sorted(names + files):
             path = os.path.join(base, name)
             inside = os.path.relpath(path, folder)
+            export = EXPORT.match(re.sub(r"\.partial\Z", "", inside))
             pattern = OWN_FOLDERS if os.path.isdir(path) else OWN_FILES
-            if os.path.islink(path) or not pattern.match(inside):
+            ours = export.group(1) == vm if export else pattern.match(inside)
+            if os.path.islink(path) or not ours:
                 return inside
     return None
 
@@ -1034,17 +1040,22 @@ class ZstdFrameCheck(Checker):
 
 
 class DatabaseCheck(Checker):
-    """Proves a dump of the pool's database whole: it ends in </database> (pool_db_backup.ml)."""
+    """Proves a dump of the pool's database whole: it ends in </database>, and lists VMs (every host
+    is one): during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
 
     def __init__(self):
-        self._tail = b""
+        self._tail, self._vms = b"", False
 
     def feed(self, data):
-        self._tail = (self._tail + bytes(data[-64:]))[-64:]
+        window = self._tail + bytes(data)
+        self._vms = self._vms or bool(re.search(rb'<table name="VM">\s*<row ', window))
+        self._tail = window[-64:]
 
     def finish(self):
         if not self._tail.rstrip().endswith(b"</database>"):
             raise ArchiveError("the dump does not end in </database>")
+        if not self._vms:
+            raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
         return ["</database>"]
 
 
@@ -1082,12 +1093,13 @@ class Stop:
     def __init__(self):
         self.signum = None
         self.exports = set()
+        self.waiting = None  # an Xapi whose calls change nothing yet
 
     def handler(self, signum, _frame):
         """The signal handler: no locks in here, it may run between any two bytecodes."""
         self.signum = self.signum or signum
-        for export in list(self.exports):
-            export.abort()
+        for each in list(self.exports) + [self.waiting] * bool(self.waiting):
+            each.abort()
 
     def check(self):
         if self.signum:
@@ -1220,13 +1232,13 @@ class Transport(xmlrpc.client.Transport):
 
     def __init__(self, endpoint, timeout):
         super().__init__()
-        self._endpoint, self._timeout, self._used = endpoint, timeout, 0.0
+        self._endpoint, self.timeout, self._used = endpoint, timeout, 0.0
 
     def make_connection(self, host):
         if time.monotonic() - self._used > 5:
             self.close()
         if self._connection[0] != host:
-            self._connection = host, Connection(self._endpoint, self._timeout)
+            self._connection = host, Connection(self._endpoint, self.timeout)
         return self._connection[1]
 
     def request(self, host, handler, request_body, verbose=False):
@@ -1270,8 +1282,9 @@ class Xapi:
     def __init__(self, hosts, credentials, log):
         self._hosts, self._credentials, self._log = hosts, credentials, log
         self._session: Any = None
+        self._transport: Any = None
         self.endpoint: Any = None
-        self._filters = True
+        self._filters, self._aborted = True, False
 
     def connect(self):
         """Logs in at the first host that answers, or at the master that it names.
@@ -1287,6 +1300,8 @@ class Xapi:
             except ConfigError:
                 raise
             except (BackupError, xmlrpc.client.Error) + BROKEN as error:
+                if self._aborted:
+                    raise ConnectionLost(error) from None
                 reasons.append("%s: %s" % (endpoint, describe(error)))
                 continue
             if old:
@@ -1298,7 +1313,7 @@ class Xapi:
     def _login(self, endpoint, hops=3):
         import XenAPI
 
-        transport = Transport(endpoint, CALL_TIMEOUT)
+        self._transport = transport = Transport(endpoint, CALL_TIMEOUT)
         session = XenAPI.Session("http://xapi", transport=transport)
         try:
             session.login_with_password(*self._credentials, "1.0", "vmbackup")
@@ -1349,7 +1364,7 @@ class Xapi:
         try:
             return send(self._session, method, args)
         except XapiError as error:
-            again = ".get_" in method and isinstance(error, ConnectionLost)
+            again = ".get_" in method and isinstance(error, ConnectionLost) and not self._aborted
             if not again and error.code != "HOST_IS_SLAVE":
                 raise
         self._log("lost the host, logging in again")
@@ -1460,11 +1475,20 @@ class Xapi:
                     return self.member(Address("https", host["address"], 443))
         return self.endpoint
 
+    def abort(self):
+        """Ends the call or login that is under way; from a signal handler too."""
+        self._aborted = True
+        with contextlib.suppress(OSError, AttributeError):  # not connected yet
+            socket.socket.shutdown(self._transport._connection[1].sock, socket.SHUT_RDWR)
+
     def close(self):
         """Logs out; never raises."""
         session, self._session = self._session, None
         if session is not None:
             with contextlib.suppress(Exception):
+                if self._aborted:  # by a signal, perhaps because the host is silent
+                    self._transport.close()
+                    self._transport.timeout = CONNECT_TIMEOUT
                 session.xenapi_request("session.logout", ())
             session.transport.close()
 
@@ -1490,7 +1514,8 @@ class Watch(threading.Thread):
         pending = True
         try:
             record = export.xapi.ask("task.get_record", export.task)
-            export.progress, pending = float(record["progress"]), record["status"] == "pending"
+            export.progress = float(record.get("progress") or 0)
+            pending = record["status"] == "pending"
             export.answered = time.monotonic()
         except ConnectionLost:
             if export.asked - max(export.touched, export.answered) > DEAD_AFTER:
@@ -1602,7 +1627,8 @@ class Export:
 
             get_connection = get_connection_with_tls_context  # its name before requests 2.32
 
-        with requests.Session() as session:
+        session: Any = requests.Session()
+        with session:
             session.trust_env = False
             # Or requests would wait for the end of the body of a redirect.
             session.get_redirect_target = lambda _response: None
@@ -1852,6 +1878,8 @@ def list_disks(vbds, vdis):
         vdi = vdis.get(vbd["VDI"])
         if vbd["type"] == "Disk" and vdi:
             label = vbd.get("device") or vbd["userdevice"]
+            if label in [disk.label for disk in found]:
+                label += "-" + vbd["userdevice"]  # a device name may be stale
             found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
     return sorted(found, key=lambda disk: disk.vbd["userdevice"].zfill(4))
 
@@ -2085,7 +2113,10 @@ class VmBackup:
         expected = expected_size(self.choice.kind, self.settings, self.disks, last)
         if self.settings.space_check:
             self.outcome.status = "ERROR space"
-            check_space(self.settings.backup_dir, expected, sum(list(self.run.reserved.values())))
+            here = {export.what: export.received for export in list(self.stop.exports)}
+            reserved = sum(max(size - here.get(name, 0), 0)
+                           for name, size in list(self.run.reserved.items()))
+            check_space(self.settings.backup_dir, expected, reserved)
             self.outcome.status = "ERROR"
         return expected
 
@@ -2178,7 +2209,7 @@ class VmBackup:
         if disk.left_out:
             raise BackupError("its first disk is marked [NOBAK]")
         self.outcome.status = "VDI-SNAPSHOT-FAIL"
-        snapshot = self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
+        snapshot = self._snapshot_vdi(disk)
         try:
             self.outcome.status = "VDI-PARAM-SET-FAIL"
             record = self._mark("VDI", snapshot)
@@ -2192,6 +2223,20 @@ class VmBackup:
             self._stream("/export_raw_vdi", query, checker, expected)
         finally:
             self._destroy("VDI", snapshot, disk.ref)
+
+    def _snapshot_vdi(self, disk):
+        try:
+            return self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
+        except BackupError:
+            # Not marked yet, one that came to be all the same cannot be told from anybody's.
+            with contextlib.suppress(BackupError):
+                known = disk.vdi.get("snapshots", [])
+                refs = self.xapi.call("VDI.get_snapshots", disk.ref)
+                new = self.xapi.records("VDI", [ref for ref in refs if ref not in known])
+                for record in new.values():
+                    self.warn("look whether the new snapshot of disk %s is this run's, VDI %s: it"
+                              " is left alone" % (disk.label, record["uuid"]))
+            raise
 
     def _mark(self, kind, snapshot):
         """Marks a new snapshot as ours; returns its record."""
@@ -2493,6 +2538,8 @@ def _preview_vm(settings, choice, vm, disks, log):
         raise BackupError("the VM has no first disk that may be exported")
     if os.path.islink(vm_dir):
         raise BackupError("%s is a symbolic link: refused" % vm_dir)
+    if os.path.exists(vm_dir) and not os.path.isdir(vm_dir):
+        raise BackupError("%s is not a folder" % vm_dir)
     if settings.space_check:
         check_space(settings.backup_dir, expected)
     return expected
@@ -2538,6 +2585,7 @@ class Run:
         if not settings.tls_verify:
             log("***WARNING - tls_verify=False: the host's certificate is not checked")
         try:
+            self.stop.waiting = xapi
             xapi.connect()
             pool = next(iter(xapi.call("pool.get_all_records").values()))
             self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
@@ -2554,12 +2602,16 @@ class Run:
             found = " - WARNINGS found (see above)" if settings.warnings else ""
             log("SUCCESS preview parameters" + found)
             return 1 if settings.warnings else 0
+        except ConnectionLost:
+            self.stop.check()  # perhaps it was a signal that broke it off
+            raise
         finally:
             self.watch.end()
             xapi.close()
 
     def _back_up(self, xapi, new_xapi, choices):
         """Backs up the pool database if asked, then the VMs; outcomes in the order of choices."""
+        self.stop.waiting = None
         check_writable(self.settings.backup_dir)
         self.log("VmBackup running on %s, pool %s, host %s"
                  % (short_host_name(), self.pool, self.host))
@@ -2718,7 +2770,8 @@ def verify(top, only, log):
             log("%s - ***Success*** %s" % (label, ", ".join(verify_folder(folder))))
             good += 1
         except (OSError, BackupError) as error:
-            if os.path.isdir(folder):  # else a run pruned it meanwhile
+            pruned = os.path.exists(os.path.join(folder, UNFINISHED))  # by a run, meanwhile
+            if os.path.isdir(folder) and not pruned:
                 log("%s - ***ERROR*** %s" % (label, describe(error)))
                 bad += 1
     if not good + bad:
@@ -2730,14 +2783,19 @@ def verify(top, only, log):
 
 
 def marked_folders(top, depth=2):
-    """Paths of the folders with a marker: `top` itself or up to `depth` levels below, sorted."""
+    """Paths of the folders with a marker, `top` itself or up to `depth` levels below, sorted; and
+    of those that cannot be read, for whoever opens them to find out why."""
     # A VM may be called `success` too.
     if any(os.path.isfile(os.path.join(top, marker)) for marker in MARKERS):
         return [top]
-    with os.scandir(top) as entries:
-        inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    found = [marked_folders(path, depth - 1) for path in inner if depth]
-    return sorted(itertools.chain(*found))
+    try:
+        with os.scandir(top) as entries:
+            inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError:
+        return [] if os.path.basename(top) == "lost+found" else [top]
+    return sorted(itertools.chain(*[marked_folders(path, depth - 1) for path in inner if depth]))
 
 
 def verify_folder(folder):
@@ -2892,7 +2950,7 @@ def make_status(path, log, warnings):
         line = printable(",".join((stamp, program, server) + texts)) + "\n"
         try:
             with lock:
-                write_shared(path, "ab", line.encode("utf-8"))
+                append_shared(path, line.encode("utf-8"))
         except OSError as error:
             if not failed:
                 failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
@@ -2902,15 +2960,34 @@ def make_status(path, log, warnings):
     return status
 
 
-def write_shared(path, mode, data):
-    """Writes a file that monitors of other users read: 0644 when it is new, whatever the umask."""
+def append_shared(path, data):
+    """Adds to a file that monitors of other users read: 0644 when it is new, whatever the umask."""
     new = not os.path.exists(path)
-    with open(path, mode) as file:
+    with open(path, "ab") as file:
         if new:
             os.fchmod(file.fileno(), 0o644)
         file.write(data)
         file.flush()
         sync(file.fileno())
+
+
+def replace_file(path, data, shared=False):
+    """Replaces a file, or makes it, by a rename; after an OSError it is what it was before. Its
+    mode is 0600, or 0644 if it is shared."""
+    import tempfile
+
+    fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
+    try:
+        with open(fd, "wb") as file:
+            if shared:
+                os.fchmod(fd, 0o644)
+            file.write(data)
+            file.flush()
+            sync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def report(run):
@@ -2935,16 +3012,10 @@ def report(run):
 
 def write_json(run):
     """Replaces report_json atomically."""
-    path = os.path.realpath(run.settings.report_json)
-    text = json.dumps(report(run), indent=2, ensure_ascii=False)
-    temporary = "%s.%d.tmp" % (path, os.getpid())
-    try:
-        # What stands for a path's bytes in an ASCII locale becomes those bytes again.
-        write_shared(temporary, "wb", text.encode("utf-8", "surrogateescape") + b"\n")
-        os.rename(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    text = json.dumps(report(run), indent=2, ensure_ascii=False) + "\n"
+    # What stands for a path's bytes in an ASCII locale becomes those bytes again.
+    data = text.encode("utf-8", "surrogateescape")
+    replace_file(os.path.realpath(run.settings.report_json), data, shared=True)
 
 
 def send_mail(run, lines):
@@ -3160,6 +3231,7 @@ def dispatch(words, log):
                               % words[2])
         return create_password_file(native(value), read_password(words[0], literal=True), log)
     settings, preview = parse_command(words[1], words[2:])
+    settings.password_file = native(words[0])
     status = make_status(settings.status_log if settings.config_file else None, log,
                          settings.warnings)
     run = Run(settings, log, status, log.progress)
@@ -3174,7 +3246,8 @@ def dispatch(words, log):
         check_paths(settings)
         credentials = ("root", "") if local else (settings.username, read_password(words[0]))
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, run.stop.handler)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # by nohup
+                signal.signal(signum, run.stop.handler)
         run.exit_status = run.execute(hosts, credentials, preview)
     except Exception as error:
         code = getattr(error, "exit_code", 2)
@@ -3243,6 +3316,8 @@ def check_paths(settings):
         file = getattr(settings, key)
         if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
             raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
+    if settings.config_file:
+        check_target(settings, "status_log", settings.status_log, "be written into")
     for key in ("tls_ca", "smtp_password_file"):
         file = getattr(settings, key)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
@@ -3258,14 +3333,22 @@ def check_report(settings):
     """Raises ConfigError if report_json would replace something else than a report; it is taken
     out of the settings then, or the report of just this error would."""
     path, settings.report_json = settings.report_json, None
-    for key in ("config_file", "status_log", "tls_ca", "smtp_password_file") if path else ():
-        other = getattr(settings, key)
-        used = other and (key != "status_log" or settings.config_file)
-        if used and os.path.realpath(path) == os.path.realpath(other):
-            raise ConfigError("ERROR - report_json=%s would replace the %s" % (path, key))
-    if path and os.path.exists(path) and not os.path.isfile(path):
-        raise ConfigError("ERROR - report_json=%s is no regular file" % path)
+    check_target(settings, "report_json", path, "replace")
     settings.report_json = path
+
+
+def check_target(settings, key, path, doing):
+    """Raises ConfigError if the file that `key` names serves for something else, or is none."""
+    others = ("config_file", "password_file", "status_log", "tls_ca", "smtp_password_file")
+    for other in others if path else ():
+        file = getattr(settings, other)
+        used = file and other != key and (other != "status_log" or settings.config_file)
+        if used and os.path.realpath(path) == os.path.realpath(file):
+            raise ConfigError("ERROR - %s=%s would %s the %s" % (key, path, doing, other))
+    device = key == "status_log" and path and os.path.exists(path) and stat.S_ISCHR(
+        os.stat(path).st_mode)  # /dev/null
+    if path and os.path.exists(path) and not os.path.isfile(path) and not device:
+        raise ConfigError("ERROR - %s=%s is no regular file" % (key, path))
 
 
 def make_hosts(settings, local):
@@ -3321,17 +3404,10 @@ def create_password_file(path, password, log):
         raise ConfigError("ERROR - create-password-file= needs the name of a file")
     if os.path.lexists(path):
         read_password_file(path)
-    temporary = "%s.%d.tmp" % (path, os.getpid())
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "wb") as file:
-            file.write(base64.b64encode(password.encode("utf-8")))
-        os.rename(temporary, path)
+        replace_file(path, base64.b64encode(password.encode("utf-8")))
     except OSError as error:
         raise ConfigError("ERROR - cannot write the password file: %s" % describe(error)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
     log("password file saved to: %s" % path)
     return 0
 

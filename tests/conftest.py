@@ -2,6 +2,7 @@
 """What all tests share. vmbackup.py and the modules of tests/ can be imported by name."""
 import collections
 import itertools
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from harness import Site  # noqa: E402
 from shim import shim  # noqa: E402, F401
 from simulator.client import Simulator  # noqa: E402
 from tally import pytest_terminal_summary, tally  # noqa: E402, F401
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for all children, even if these tests run by nohup
 
 LONG = ("test_death.py", "test_faults.py", "test_preview.py", "test_mail.py")
 

@@ -344,6 +344,7 @@ DATABASE = [
     ("export_reset", {"after": 5000}, "connection to the host broke"),
     ("export_500", {"error_info": ["INTERNAL_ERROR", "Not_found"]}, "INTERNAL_ERROR Not_found"),
     ("task_never_completes", {}, "its task did not"),
+    ("database_dummy", {}, "lists no VM: is a rolling pool upgrade under way"),
 ]
 
 

@@ -40,6 +40,7 @@ client gets them.
     export_431, export_408      these answers, whatever the request's head
     export_500          the task fails with error_info, the answer is HTTP 500
     task_never_completes        the task stays pending though the body ends
+    database_dummy      /pool/xmldbdump has no tables, as during a rolling pool upgrade
     slow_detach         the disk stays attached (VDI_IN_USE) ``seconds`` after the end
 
 ARCHIVES (/export, and format=tar of /export_raw_vdi).  ``vdi`` selects the disk (default: all);
@@ -131,6 +132,7 @@ FAULTS = {
     "export_408": {"path"},
     "export_500": {"path", "error_info"},
     "task_never_completes": {"path"},
+    "database_dummy": {"path"},
     "slow_detach": {"path", "seconds"},
     "missing_chunk": {"chunk"},
     "missing_last_chunk": set(),

@@ -18,6 +18,8 @@ _NO_STORE = ("Connection: close", "Cache-Control: no-cache, no-store")
 _RAW_TYPES = {"raw": "application/octet-stream", "vhd": "application/vhd",
               "tar": "application/x-tar"}
 _NO_BOOL = XapiError("INTERNAL_ERROR", 'Invalid_argument("bool_of_string")')
+_DUMMY = (b'<?xml version="1.0" encoding="UTF-8"?><database><manifest><pair key="schema_major_vsn"'
+          b' value="5"/><pair key="schema_minor_vsn" value="35"/></manifest></database>')
 _EPIPE = ("CLIENT_ERROR", 'INTERNAL_ERROR: [ Unix.Unix_error(Unix.EPIPE, "write", "") ]')
 
 
@@ -572,7 +574,7 @@ class Handler:
             failure = _Failure(["INTERNAL_ERROR", "Db_exn.Database_not_in_memory"])
             self._body(lambda: _iterate([], failure))
         else:
-            document = self.db.dump()
+            document = _DUMMY if self.fault("database_dummy") else self.db.dump()
             self._body(lambda: _iterate([document]), size=len(document))
 
 
