@@ -169,7 +169,8 @@ class ConnectionLost(XapiError):
 
     def __init__(self, reason):
         super().__init__(["CONNECTION_LOST"])
-        self.args = ("the connection to the host broke: %s" % describe(reason),)
+        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", describe(reason))  # worth a password
+        self.args = ("the connection to the host broke: %s" % text,)
 
 
 def describe(error):
@@ -1098,7 +1099,7 @@ class Stop:
     def handler(self, signum, _frame):
         """The signal handler: no locks in here, it may run between any two bytecodes."""
         self.signum = self.signum or signum
-        for each in list(self.exports) + [self.waiting] * bool(self.waiting):
+        for each in filter(None, list(self.exports) + [self.waiting]):
             each.abort()
 
     def check(self):
@@ -1874,14 +1875,14 @@ DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to 
 def list_disks(vbds, vdis):
     """The Disks among VBD records (CDs and empty drives are none), by userdevice."""
     found = []
-    for vbd in vbds:
+    for vbd in sorted(vbds, key=lambda vbd: vbd["userdevice"].zfill(4)):
         vdi = vdis.get(vbd["VDI"])
         if vbd["type"] == "Disk" and vdi:
             label = vbd.get("device") or vbd["userdevice"]
             if label in [disk.label for disk in found]:
                 label += "-" + vbd["userdevice"]  # a device name may be stale
             found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
-    return sorted(found, key=lambda disk: disk.vbd["userdevice"].zfill(4))
+    return found
 
 
 def first_disk(disks):
@@ -2156,7 +2157,7 @@ class VmBackup:
                 self.xapi.call("VM.set_ha_restart_priority", snapshot, "")
             self.outcome.status = "VM-EXPORT-FAIL"
             disks = self._disks_of(record)
-            self._compare(disks)
+            self._check_disks(disks)
             self._metadata(record, [disk for disk in disks if not disk.left_out])
             for disk in disks:
                 if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
@@ -2171,7 +2172,7 @@ class VmBackup:
         finally:
             self._destroy("VM", snapshot, self.vm_ref)
 
-    def _compare(self, disks):
+    def _check_disks(self, disks):
         """Raises BackupError if the snapshot's disks are not those that the VM had before it."""
         taken = {disk.vbd["userdevice"] for disk in disks}
         lost = [d.label for d in self.disks if not d.left_out and d.vbd["userdevice"] not in taken]
@@ -2788,6 +2789,8 @@ def marked_folders(top, depth=2):
     # A VM may be called `success` too.
     if any(os.path.isfile(os.path.join(top, marker)) for marker in MARKERS):
         return [top]
+    if not depth:
+        return []
     try:
         with os.scandir(top) as entries:
             inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -2795,7 +2798,7 @@ def marked_folders(top, depth=2):
         return []
     except OSError:
         return [] if os.path.basename(top) == "lost+found" else [top]
-    return sorted(itertools.chain(*[marked_folders(path, depth - 1) for path in inner if depth]))
+    return sorted(itertools.chain(*[marked_folders(path, depth - 1) for path in inner]))
 
 
 def verify_folder(folder):

@@ -19,6 +19,8 @@ from simulator.pool import MIB, Pool, disk
 from test_disk import small_disk  # noqa: F401 - a fixture
 from test_vanishing_disks import wait_until
 
+import vmbackup as program
+
 
 def one_vm(size=2 * MIB):
     pool = Pool()
@@ -112,6 +114,12 @@ def test_tls_that_breaks_tells_no_session(turn, between, deed):
     written = result.out + result.err + "".join(
         path.read_text() for path in (here.status_log, here.path / "report.json"))
     assert "session_id" not in written and "OpaqueRef" not in written
+
+
+def test_whatever_breaks_a_connection_tells_no_session():
+    """Whichever library's error it is that holds a URL."""
+    text = str(program.ConnectionLost(OSError("bad: /export?session_id=OpaqueRef%3Aab-c&ref=x")))
+    assert "ab-c" not in text and text.endswith("&ref=x")
 
 
 def test_one_reset_is_not_an_internal_error(turn, between):
