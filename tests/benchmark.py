@@ -198,13 +198,23 @@ class PlainServer:
             onward.sendall(head)
             back = threading.Thread(target=self._copy, args=(onward, tls), daemon=True)
             back.start()
-            self._copy(tls, onward)
+            self._copy(tls, onward, self._rename)
             back.join()
 
+    def _rename(self, data):
+        """Gives a new snapshot's disk the uuid of the disk that the file was made of: vmbackup
+        looks for it in there."""
+        if b"VM.add_to_other_config" in data:
+            vdis = self._sim.records("VDI")
+            for ref, vdi in vdis.items():
+                if vdi["is_a_snapshot"]:
+                    self._sim.set("VDI", ref, "uuid", vdis[vdi["snapshot_of"]]["uuid"])
+
     @staticmethod
-    def _copy(source, target):
+    def _copy(source, target, look=lambda data: None):
         with contextlib.suppress(OSError):
             for data in iter(lambda: source.recv(65536), b""):
+                look(data)
                 target.sendall(data)
         with contextlib.suppress(OSError):
             socket.socket.shutdown(target, socket.SHUT_RDWR)
