@@ -173,6 +173,7 @@ class PlainServer:
         with contextlib.suppress(OSError):
             while True:
                 sock = self._listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock):
@@ -195,6 +196,7 @@ class PlainServer:
     def _pass_on(self, tls, head):
         url = urllib.parse.urlsplit(self._sim.http)
         with socket.create_connection((url.hostname, url.port)) as onward:
+            onward.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             onward.sendall(head)
             back = threading.Thread(target=self._copy, args=(onward, tls), daemon=True)
             back.start()
