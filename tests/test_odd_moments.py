@@ -17,7 +17,7 @@ import pytest
 from harness import ROOT, SCRIPT, finish, vmbackup
 from simulator.pool import MIB, Pool, disk
 from test_disk import small_disk  # noqa: F401 - a fixture
-from test_vanishing_disks import wait_until
+from test_faults import wait_until
 
 import vmbackup as program
 

@@ -6,12 +6,12 @@ takes the VBD with it); so nothing in the archive tells of it.
 """
 import os
 import shutil
-import time
 
 import pytest
-import XenAPI
 from harness import finish, vmbackup
 from simulator.pool import MIB, Pool, disk
+from test_death import destroy_as_an_administrator
+from test_faults import wait_until
 
 
 def server():
@@ -21,20 +21,10 @@ def server():
     return pool
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def destroy_snapshot_of(sim, name):
-    session = XenAPI.Session(sim.http)
-    session.login_with_password("root", sim.password)
-    for ref, vdi in sim.records("VDI").items():
-        if vdi["is_a_snapshot"] and vdi["name_label"] == name:
-            session.xenapi.VDI.destroy(ref)
-    session.xenapi.session.logout()
+def destroy_snapshot_of(site, name):
+    destroy_as_an_administrator(site, [
+        ref for ref, vdi in site.sim.records("VDI").items()
+        if vdi["is_a_snapshot"] and vdi["name_label"] == name])
 
 
 @pytest.mark.parametrize("compress, suffix", [("False", "xva"), ("gzip", "xva.gz"),
@@ -53,7 +43,7 @@ def test_a_disk_that_somebody_destroys_before_the_export(site, fault, seen, comp
     number = here.sim.fault(fault[0], seconds=3600, times=1, **fault[1])
     process = here.start()
     wait_until(lambda: seen in here.sim.methods())
-    destroy_snapshot_of(here.sim, "data")
+    destroy_snapshot_of(here, "data")
     here.sim.clear_faults(number)
     result = finish(process)
     assert result.status == 2, result
