@@ -662,7 +662,7 @@ class Checker:
     those, or it yields (number, take), and take(view) gets them piece by piece, uncopied."""
 
     def __init__(self):
-        self._parser, self._kept = self._parse(), bytearray()
+        self._parser = self._parse()
         self._proceed(None)
 
     def _parse(self):
@@ -726,8 +726,8 @@ def find_xxh64():
 
         def update(self, view):
             array = ctypes.c_char * len(view)
-            update(self._state, bytes(view) if view.readonly else array.from_buffer(view),
-                   len(view))
+            data = bytes(view) if view.readonly else array.from_buffer(view)
+            update(self._state, data, len(view))
 
         def hexdigest(self):
             return "%016x" % digest(self._state)
@@ -1012,12 +1012,11 @@ class ZstdCheck(Checker):
         self._child.wait()
 
 
-UNPROVED = "NOT the archive inside (no zstd command here)"
-
-
 class ZstdFrameCheck(Checker):
     """Walks the blocks of one zstd frame without decompressing (RFC 8878): proves that the frame
     ends where the file does, and nothing about what is in it."""
+
+    unproved = "NOT the archive inside (no zstd command here)"
 
     def _parse(self):
         head = yield 5
@@ -1037,7 +1036,7 @@ class ZstdFrameCheck(Checker):
     def finish(self):
         if self._want:
             raise ArchiveError("the zstd stream is cut off")
-        return ["zstd frame", UNPROVED]
+        return ["zstd frame", self.unproved]
 
 
 class DatabaseCheck(Checker):
@@ -1079,6 +1078,7 @@ CONNECT_TIMEOUT = 30  # seconds
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
              (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
+LOGIN_GRACE = 5  # seconds that a login may still take once a signal came
 SILENCE = 30  # seconds without a byte after which the host is asked how the task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
@@ -1319,6 +1319,8 @@ class Xapi:
         try:
             session.login_with_password(*self._credentials, "1.0", "vmbackup")
             self._session, self.endpoint = session, endpoint
+            if self._aborted:
+                signal.alarm(0)
         except XenAPI.Failure as failure:
             error = XapiError(failure.details)
             if error.code == "HOST_IS_SLAVE" and error.params and hops:
@@ -1477,8 +1479,16 @@ class Xapi:
         return self.endpoint
 
     def abort(self):
-        """Ends the call or login that is under way; from a signal handler too."""
+        """Ends the call that is under way, from a signal handler in the main thread. A login gets
+        LOGIN_GRACE seconds more: if the host has carried it out, its session has to be ended."""
         self._aborted = True
+        if self._session is None:
+            signal.signal(signal.SIGALRM, lambda _signum, _frame: self._shut())
+            signal.alarm(LOGIN_GRACE)
+        else:
+            self._shut()
+
+    def _shut(self):
         with contextlib.suppress(OSError, AttributeError):  # not connected yet
             socket.socket.shutdown(self._transport._connection[1].sock, socket.SHUT_RDWR)
 
@@ -1578,7 +1588,7 @@ class Export:
                     endpoint, target or self._path + "?" + urllib.parse.urlencode(full))
             except BROKEN as error:
                 self.stop.check()
-                # urllib3's text for an error of TLS holds the URL, and with it the session.
+                # urllib3 wraps an error of TLS in a text with the whole URL.
                 cause = getattr(error.args[0] if error.args else None, "reason", None) or error
                 raise self.failure() or ConnectionLost(self.reason or cause) from None
             if status == 200:
@@ -2231,10 +2241,9 @@ class VmBackup:
         except BackupError:
             # Not marked yet, one that came to be all the same cannot be told from anybody's.
             with contextlib.suppress(BackupError):
-                known = disk.vdi.get("snapshots", [])
-                refs = self.xapi.call("VDI.get_snapshots", disk.ref)
-                new = self.xapi.records("VDI", [ref for ref in refs if ref not in known])
-                for record in new.values():
+                new = set(self.xapi.call("VDI.get_snapshots", disk.ref))
+                new.difference_update(disk.vdi.get("snapshots", []))
+                for record in self.xapi.records("VDI", new).values():
                     self.warn("look whether the new snapshot of disk %s is this run's, VDI %s: it"
                               " is left alone" % (disk.label, record["uuid"]))
             raise
@@ -2254,13 +2263,12 @@ class VmBackup:
             record = self.xapi.call(kind + ".get_record", ref)
             if not record["is_a_snapshot"] or record["snapshot_of"] != source:
                 raise BackupError("it is not a snapshot of this VM: left alone")
-            pauses = iter(DETACH_PAUSES)
-            while record.get("current_operations"):
-                pause = next(pauses, None)
-                if pause is None:
-                    raise BackupError("something else is working on it")
-                time.sleep(pause)
-                record = self.xapi.call(kind + ".get_record", ref)
+            for pause in DETACH_PAUSES:
+                if record.get("current_operations"):
+                    time.sleep(pause)
+                    record = self.xapi.call(kind + ".get_record", ref)
+            if record.get("current_operations"):
+                raise BackupError("something else is working on it")
             if kind == "VM":
                 vbds = self.xapi.records("VBD", record["VBDs"]).values()
                 vdis = [vbd["VDI"] for vbd in vbds if vbd["type"] == "Disk"]
@@ -2297,7 +2305,7 @@ class VmBackup:
         export = Export(self.xapi, self.stop, path, query, self.choice.name, expected)
         saved = save(export, partial, checker)
         if not saved.task_known:
-            if UNPROVED in saved.checks:
+            if ZstdFrameCheck.unproved in saved.checks:
                 raise BackupError("the host lost the task, and without the command zstd nothing"
                                   " else proves the archive whole: install zstd")
             self.warn("the host lost the task: only the check of the archive vouches for it")
@@ -2588,6 +2596,7 @@ class Run:
         try:
             self.stop.waiting = xapi
             xapi.connect()
+            self.stop.check()
             pool = next(iter(xapi.call("pool.get_all_records").values()))
             self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
             vms = candidates(xapi)
@@ -2794,10 +2803,9 @@ def marked_folders(top, depth=2):
     try:
         with os.scandir(top) as entries:
             inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-    except OSError:
-        return [] if os.path.basename(top) == "lost+found" else [top]
+    except OSError as error:
+        none = isinstance(error, FileNotFoundError) or os.path.basename(top) == "lost+found"
+        return [] if none else [top]
     return sorted(itertools.chain(*[marked_folders(path, depth - 1) for path in inner]))
 
 
@@ -3234,7 +3242,8 @@ def dispatch(words, log):
                               % words[2])
         return create_password_file(native(value), read_password(words[0], literal=True), log)
     settings, preview = parse_command(words[1], words[2:])
-    settings.password_file = native(words[0])
+    if os.path.isfile(native(words[0])):
+        settings.password_file = native(words[0])
     status = make_status(settings.status_log if settings.config_file else None, log,
                          settings.warnings)
     run = Run(settings, log, status, log.progress)
@@ -3342,15 +3351,16 @@ def check_report(settings):
 
 def check_target(settings, key, path, doing):
     """Raises ConfigError if the file that `key` names serves for something else, or is none."""
-    others = ("config_file", "password_file", "status_log", "tls_ca", "smtp_password_file")
-    for other in others if path else ():
+    if not path:
+        return
+    for other in ("config_file", "password_file", "status_log", "tls_ca", "smtp_password_file"):
         file = getattr(settings, other)
         used = file and other != key and (other != "status_log" or settings.config_file)
         if used and os.path.realpath(path) == os.path.realpath(file):
             raise ConfigError("ERROR - %s=%s would %s the %s" % (key, path, doing, other))
-    device = key == "status_log" and path and os.path.exists(path) and stat.S_ISCHR(
-        os.stat(path).st_mode)  # /dev/null
-    if path and os.path.exists(path) and not os.path.isfile(path) and not device:
+    if not os.path.exists(path) or os.path.isfile(path):
+        return
+    if key != "status_log" or not stat.S_ISCHR(os.stat(path).st_mode):  # that may be /dev/null
         raise ConfigError("ERROR - %s=%s is no regular file" % (key, path))
 
 

@@ -231,6 +231,22 @@ def test_a_signal_ends_the_wait_for_a_silent_host(turn, words, method, number):
     wait_until(lambda: "login" not in method or here.sim.sessions())
 
 
+def test_a_session_that_comes_after_the_signal_is_ended_too(turn):
+    """The host has got the login and carries it out: what it answers must not be missed."""
+    here = turn(one_vm())
+    here.configure("vm-export=web")
+    hang = here.sim.fault("rpc_hang", method="session.login_with_password", times=1)
+    process = here.start()
+    wait_until(lambda: here.sim.faults()[0]["fired"])
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SigPnd:\t0000000000000000" in Path(
+        "/proc/%d/status" % process.pid).read_text())  # it has got the signal
+    here.sim.clear_faults(hang)
+    result = finish(process)
+    assert result.status == 128 + signal.SIGTERM, result
+    assert here.sim.methods()[-1] == "session.logout" and not here.sim.sessions()
+
+
 AS_NOBODY = """
 import os, sys, vmbackup, xxhash
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
