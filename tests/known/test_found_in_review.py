@@ -363,12 +363,3 @@ def test_a_keep_count_of_any_length_is_a_number(turn):
     result = vmbackup(here.sim.password, "web:" + "9" * 5000, "preview", "host=" + here.sim.url,
                       "backup_dir=%s" % here.backups)
     assert result.status == 0, result
-
-
-def test_preview_tells_that_a_file_stands_in_the_place_of_the_folder(turn):
-    here = turn(one_vm())
-    here.configure("vm-export=web")
-    (here.backups / "web").write_text("mine")
-    for words in (("preview",), ()):
-        assert here.run(*words).status == 2
-    assert (here.backups / "web").read_text() == "mine"

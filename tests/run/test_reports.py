@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -13,21 +12,14 @@ from pathlib import Path
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import SCRIPT, finish, vmbackup
+from support.world import SERVER, pool_of
 
 import vmbackup as program
 
 STAMP = r"\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - "
-SERVER = socket.gethostname().split(".")[0]
 # What cron gives, on a Python that must not make UTF-8 of it by itself.
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
          "PYTHONCOERCECLOCALE": "0"}
-
-
-def three_vms():
-    pool = Pool()
-    for name in ("web", "db", "old"):
-        pool.vm(name, disks=[disk(MIB, seed=name)])
-    return pool
 
 
 def status_lines(here):
@@ -40,7 +32,7 @@ def status_lines(here):
 
 
 def test_a_good_run_in_log_and_status_log(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web", "vdi-export=db", "exclude=old")
     result = here.run()
     assert (result.status, result.err) == (0, "")
@@ -65,7 +57,7 @@ def test_a_good_run_in_log_and_status_log(turn):
 
 
 def test_space_is_told_before_the_first_and_after_the_last(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web")
     lines = here.run().lines
     space = [line for line in lines if line.startswith("Space ")]
@@ -107,7 +99,7 @@ def test_space_is_told_before_the_first_and_after_the_last(turn):
      ["vdi-export,SERVER,end,VDI-EXPORT-FAIL web"]),
 ])
 def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     if prepare:
         here.sim.fault(prepare[0], **prepare[1])
     here.configure(*lines)
@@ -122,21 +114,8 @@ def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
     assert set(logged) <= set(found), found
 
 
-def test_a_duplicate_name_fails_alone(turn):
-    pool = three_vms()
-    pool.vm("web", disks=[disk(MIB)])
-    here = turn(pool)
-    here.configure("vm-export=.*")
-    result = here.run()
-    assert result.status == 2, result
-    assert "*** ERROR: duplicate VM name found: web" in result.lines
-    assert result.lines[-1] == "VmBackup ended - **ERRORS DETECTED** - S:2 W:0 E:1"
-    assert len(here.folders("db")) == len(here.folders("old")) == 1
-    assert not here.folders("web", marked=False)
-
-
 def test_only_a_run_with_a_config_file_writes_the_status_log(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     result = vmbackup(here.sim.password, "web", "host=" + here.sim.url,
                       "backup_dir=%s" % here.backups, "status_log=%s" % here.status_log)
     assert result.status == 0, result
@@ -144,7 +123,7 @@ def test_only_a_run_with_a_config_file_writes_the_status_log(turn):
 
 
 def test_the_status_log_is_appended_to_and_monitors_may_read_it(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web")
     here.run()
     assert stat.S_IMODE(here.status_log.stat().st_mode) == 0o644
@@ -157,46 +136,11 @@ def test_the_status_log_is_appended_to_and_monitors_may_read_it(turn):
 
 
 def test_a_run_that_never_started_has_no_status_lines(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web")
     result = vmbackup("wrong", here.config)
     assert result.status == 3
     assert not here.status_log.exists()
-
-
-HOSTILE = ["two\nlines", "tab\t\x7f\x85", "a,b", "\u202egnp.exe", "-rf", "..", ".hidden", "A", "a",
-           "$(id);`id`", "per%cent", "sl/ash", "success", "'\"", "é" * 150, "Büro 東京 🐘"]
-
-
-def test_no_name_breaks_a_line_or_leaves_the_folder(turn):
-    """Names that would forge lines, hide, or lead elsewhere: one line, one folder for each."""
-    pool = Pool()
-    for name in HOSTILE:
-        pool.vm(name, disks=[disk(MIB, name)])
-    here = turn(pool)
-    here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
-    before = set(os.listdir(str(here.path)))
-    result = here.run(env=ASCII)
-    assert result.status == 0, result
-    assert all(re.match(STAMP, line) for line in result.out.split("\n")[:-1])
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", result.out)
-    good = [line for line in result.lines if line.endswith("***Success*** t:0")]
-    assert len(good) == len(HOSTILE)
-    assert len(status_lines(here)) == 2 + 2 * len(HOSTILE)
-    made = {name for name in os.listdir(os.fsencode(str(here.backups)))
-            if os.path.isdir(os.path.join(os.fsencode(str(here.backups)), name))}
-    wanted = {program.folder_name(name).encode("utf-8") for name in HOSTILE}
-    assert wanted <= made
-    assert not {name for name in made - wanted if not name.startswith(b".")}
-    assert set(os.listdir(str(here.path))) - before == {"status.log", "report.json"}
-    report = json.loads((here.path / "report.json").read_bytes().decode("utf-8"))
-    assert {vm["name"] for vm in report["vms"]} == set(HOSTILE)
-    for vm in report["vms"]:
-        folder = vm["folder"].encode("utf-8")
-        assert os.path.dirname(os.path.dirname(folder)) == os.fsencode(str(here.backups))
-        assert os.path.isfile(os.path.join(folder, vm["file"].encode("utf-8")))
-        subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
-    here.assert_pool_is_clean()
 
 
 @pytest.mark.parametrize("env", [ASCII, {}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "LANG": "C"}])
@@ -240,7 +184,7 @@ def test_everything_is_utf8_whatever_the_locale(turn, tmp_path, env):
 
 
 def test_report_json(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.sim.fault("snapshot_error", vm="db")
     report = here.path / "report.json"
     report.write_text("the last one")
@@ -266,16 +210,6 @@ def test_report_json(turn):
     assert here.sim.password not in report.read_text(encoding="utf-8")
     assert [item.name for item in here.path.iterdir() if item.name.startswith("report")] == [
         "report.json"]
-
-
-def test_report_json_of_a_run_that_did_not_start(turn):
-    here = turn(three_vms())
-    report = here.path / "report.json"
-    here.configure("vm-export=web", "report_json=%s" % report)
-    assert vmbackup("wrong", here.config).status == 3
-    told = json.loads(report.read_text(encoding="utf-8"))
-    assert (told["status"], told["exit_status"], told["vms"]) == ("ERROR", 3, [])
-    assert "wrong user name or password" in told["error"]
 
 
 def node(path, kind, minor=0):
@@ -305,7 +239,7 @@ def kind_and_bytes(path):
     ("config_file", "tls_ca=/nonexistent")])
 def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
     """And what is there stays there, whatever else was wrong before that."""
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     (here.path / "pass").write_bytes(b"c2VjcmV0")
     (here.path / "ca.pem").write_text(Path(here.sim.certificate).read_text())
     here.status_log.write_text("an older line\n")
@@ -330,7 +264,7 @@ def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
 
 
 def test_report_json_that_is_to_be_the_status_log_is_refused_before_there_is_one(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web", "report_json=%s" % here.status_log)
     result = here.run()
     assert result.status == 3, result
@@ -338,7 +272,7 @@ def test_report_json_that_is_to_be_the_status_log_is_refused_before_there_is_one
 
 
 def test_report_json_at_the_end_of_a_link(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     (here.path / "share").mkdir()
     link, target = here.path / "report.json", here.path / "share" / "vmbackup.json"
     link.symlink_to("share/vmbackup.json")
@@ -352,7 +286,7 @@ def test_report_json_at_the_end_of_a_link(turn):
 
 
 def test_one_vm_at_a_time_has_its_begin_and_end_side_by_side(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.sim.fault("snapshot_error", vm="db")
     here.sim.fault("vm_destroy_error", vm="old")
     here.sim.add_vm({"name": "app", "disks": [disk(MIB)]})
@@ -379,7 +313,7 @@ def warned_of_status_log(result):
 
 
 def test_a_status_log_on_a_full_disk_is_one_warning(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.status_log = node(here.path / "full", stat.S_IFCHR, FULL)
     here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
     line = warned_of_status_log(here.run())
@@ -389,7 +323,7 @@ def test_a_status_log_on_a_full_disk_is_one_warning(turn):
 
 
 def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.status_log = here.path / "log" / "status.log"
     here.status_log.parent.mkdir()
     here.configure("vm-export=.*")
@@ -406,7 +340,7 @@ def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
 
 
 def test_a_status_log_that_nobody_wants_is_no_warning(turn):
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.status_log = node(here.path / "null", stat.S_IFCHR, NULL)
     here.configure("vm-export=web")
     before = kind_and_bytes(here.status_log)
@@ -418,7 +352,7 @@ def test_a_status_log_that_nobody_wants_is_no_warning(turn):
 
 def test_a_reader_that_went_away_stops_no_backup(turn):
     """The log goes into a pipe whose reader has ended, as in `vmbackup.py ... | head`."""
-    here = turn(three_vms())
+    here = turn(pool_of("web", "db", "old"))
     here.configure("vm-export=web")
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -427,3 +361,24 @@ def test_a_reader_that_went_away_stops_no_backup(turn):
     os.close(write_end)
     assert done.returncode == 0, done.stderr
     assert len(here.folders("web")) == 1
+
+
+@pytest.mark.parametrize("lines, words, reason", [
+    ([], ["backup_dir=/nonexistent"], "backup_dir does not exist: /nonexistent"),
+    (["backup_dir=/nonexistent"], [], "backup_dir does not exist: /nonexistent"),
+    (["status_log=/nonexistent/log"], [], "status_log=/nonexistent/log"),
+    (["tls_ca=/nonexistent.pem"], [], "tls_ca=/nonexistent.pem"),
+    (["username=nobody"], [], "wrong user name or password for nobody"),
+])
+def test_report_json_tells_why_nothing_was_started(turn, lines, words, reason):
+    here = turn(pool_of("web", "db", "old"))
+    path = here.path / "report.json"
+    here.configure("vm-export=web", "report_json=%s" % path, *lines)
+    result = here.run(*words)
+    assert result.status == 3, result
+    assert result.has(reason)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert (report["status"], report["exit_status"], report["vms"]) == ("ERROR", 3, [])
+    assert report["counts"] == {"success": 0, "warning": 0, "error": 0}
+    assert reason in report["error"]
+    assert "ERROR" in result.lines[-1]
