@@ -16,7 +16,7 @@ from support.harness import Site  # noqa: E402
 from support.shim import shim  # noqa: E402, F401
 from support.tally import pytest_terminal_summary, tally  # noqa: E402, F401
 from support.terminal import terminal  # noqa: E402, F401
-from support.world import refused, small_disk  # noqa: E402, F401
+from support.world import clock, refused, small_disk  # noqa: E402, F401
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for all children, even if these tests run by nohup
 
