@@ -11,14 +11,15 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import pytest  # noqa: E402
-from harness import Site  # noqa: E402
-from shim import shim  # noqa: E402, F401
 from simulator.client import Simulator  # noqa: E402
-from tally import pytest_terminal_summary, tally  # noqa: E402, F401
+from support.harness import Site  # noqa: E402
+from support.shim import shim  # noqa: E402, F401
+from support.tally import pytest_terminal_summary, tally  # noqa: E402, F401
+from support.world import small_disk  # noqa: E402, F401
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for all children, even if these tests run by nohup
 
-LONG = ("test_death.py", "test_faults.py", "test_preview.py", "test_mail.py")
+LONG = ("test_death_and_signals.py", "test_of_the_host.py", "test_preview.py", "test_mail.py")
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint, prepare_tests
+from tools.environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint, prepare_tests
 
 GROUPS = ("lint", "types", "py36", "tests")
 LINTERS = (3, 10)  # the lowest Python for which linters of today can be had

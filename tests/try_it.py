@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import ROOT, TESTS, interpreters, prepare_tests
+from tools.environment import ROOT, TESTS, interpreters, prepare_tests
 
 CONFIG = """\
 # The pool: an address, and the certificate it must show (its SHA-256, from the host's console).

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The mail that a run sends, received by a real mail server on loopback."""
+import socket
+
+import pytest
+from simulator.pool import MIB, Pool, disk
+from support.harness import finish, start
+from support.mail_server import MailServer
+
+SECRET, MAIL_PASSWORD = "Grüße & %41", "pa ss:w\"\\rd"
+
+
+@pytest.fixture
+def mail_server(tmp_path):
+    """mail_server(**options) starts one; a certificate of its own comes with tls=True."""
+    started = []
+
+    def make(tls=False, **options):
+        started.append(MailServer(tls=tmp_path if tls else None, **options))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def here(turn):
+    """A site with a new pool of two VMs."""
+    pool = Pool("Büro", password=SECRET)
+    for name in ("Größe 1", "db"):
+        pool.vm(name, disks=[disk(MIB, seed=name)])
+    return turn(pool)
+
+
+def text_of(mail):
+    return mail.get_content().replace("\r\n", "\n")
+
+
+def log_lines(result):
+    """The lines of a run's log that a mail can hold: all but what is logged after it."""
+    return [line for line in result.out.splitlines() if " - mail sent to " not in line]
+
+
+def test_a_mail_tells_the_whole_run(here, mail_server):
+    server = mail_server()
+    here.sim.fault("snapshot_error", vm="db")
+    here.configure("vm-export=.*", *server.settings())
+    result = here.run()
+    assert result.status == 2, result
+    (mail,), (envelope,) = server.mails, server.envelopes
+    for told in ("ERROR", socket.gethostname().split(".")[0], here.sim.url[8:], "Büro"):
+        assert told in mail["Subject"], told
+    assert (mail["From"], mail["To"]) == ("backup@example.org", "admin@example.org")
+    assert (envelope.mail_from, envelope.rcpt_tos) == ("backup@example.org", ["admin@example.org"])
+    summary, _, log = text_of(mail).partition("\n\n")
+    assert "ERROR - S:1 W:0 E:1" in summary
+    (reason,) = [line for line in result.lines if "db - ***ERROR*** " in line]
+    assert "vm-export db: " + reason.partition("***ERROR*** ")[2] in summary.splitlines()
+    assert "SR_BACKEND_FAILURE_44" in reason
+    assert log.splitlines() == log_lines(result)
+    assert "VmBackup vm-export Größe 1 - ***Success*** t:0" in log
+    assert result.lines[-1] == "mail sent to admin@example.org"
+
+
+def test_a_mail_holds_no_secret(here, mail_server):
+    server = mail_server()
+    here.sim.fault("export_fail", vm="db")
+    here.sim.fault("vm_destroy_error", error_info=["INTERNAL_ERROR", "x"], vm="Größe 1")
+    here.configure("vm-export=.*", *server.settings())
+    here.run()
+    source = server.envelopes[0].original_content.decode() + text_of(server.mails[0])
+    sessions = {word for call in here.sim.calls() for word in (
+        call["args"] if isinstance(call["args"], list) else call["args"].values())
+        if call["method"] == "session.logout"} | {
+        call["args"]["session_id"] for call in here.sim.calls() if call["method"] == "GET /export"}
+    assert sessions
+    for secret in sessions | {here.sim.password}:
+        assert secret not in source
+
+
+def test_starttls_and_login_with_a_self_signed_certificate_on_loopback(here, mail_server, tmp_path):
+    server = mail_server(tls=True, login=("backup", MAIL_PASSWORD))
+    secret = tmp_path / "mail.pass"
+    made = finish(start(MAIL_PASSWORD, "create-password-file=%s" % secret))
+    assert made.status == 0, made
+    here.configure("vm-export=db", *server.settings(
+        smtp_starttls=True, smtp_user="backup", smtp_password_file=secret))
+    result = here.run()
+    assert result.status == 0, result
+    assert server.encrypted == [True]
+    assert "SUCCESS" in server.mails[0]["Subject"]
+    assert MAIL_PASSWORD not in result.out + result.err + text_of(server.mails[0])
+
+
+def test_several_recipients_with_display_names(here, mail_server):
+    server = mail_server()
+    here.configure("vm-export=db", *server.settings(
+        mail_to="a@example.org, Jörg Groß <b@example.org> ,c@example.org",
+        mail_from="Büro-Sicherung <backup@example.org>"))
+    result = here.run()
+    assert server.envelopes, result
+    envelope, mail = server.envelopes[0], server.mails[0]
+    assert envelope.rcpt_tos == ["a@example.org", "b@example.org", "c@example.org"]
+    assert envelope.mail_from == "backup@example.org"
+    assert [address.display_name for address in mail["To"].addresses] == ["", "Jörg Groß", ""]
+    assert mail["From"].addresses[0].display_name == "Büro-Sicherung"
+
+
+@pytest.mark.parametrize("when, good, bad", [
+    ("always", 1, 1), ("problems", 0, 1), ("never", 0, 0),
+])
+def test_mail_when(here, mail_server, when, good, bad):
+    server = mail_server()
+    here.configure("vm-export=db", *server.settings(mail_when=when))
+    assert here.run().status == 0
+    assert len(server.mails) == good
+    here.sim.fault("snapshot_error")
+    assert here.run().status == 2
+    assert len(server.mails) == good + bad
+
+
+def test_problems_are_warnings_too(here, mail_server):
+    server = mail_server()
+    here.configure("vm-export=db", "exclude=gone", *server.settings(mail_when="problems"))
+    result = here.run()
+    assert result.status == 1, result
+    assert "WARNING" in server.mails[0]["Subject"]
+    assert "***WARNING - vm(s) Exclude does not exist: gone" in text_of(server.mails[0])
+
+
+@pytest.mark.parametrize("words, reason", [
+    (("wrong", "weekend.cfg"), "wrong user name or password"),
+    ((SECRET, "weekend.cfg", "backup_dir=/nonexistent"), "backup_dir does not exist"),
+])
+def test_a_mail_tells_why_nothing_was_started(here, mail_server, words, reason):
+    server = mail_server()
+    here.configure("vm-export=db", *server.settings())
+    result = finish(start(*words, cwd=here.path))
+    assert result.status == 3, result
+    (mail,) = server.mails
+    assert "ERROR" in mail["Subject"]
+    assert here.sim.url[8:] in mail["Subject"]
+    assert reason in text_of(mail)
+
+
+def test_preview_sends_none(here, mail_server):
+    server = mail_server()
+    here.configure("vm-export=gone", *server.settings())
+    assert here.run("preview").status == 2
+    assert server.tries == 0
+
+
+def test_a_mail_that_fails_is_tried_three_times_and_never_changes_the_result(
+        here, mail_server, tmp_path):
+    """Four runs side by side, as the tries lie seconds apart: the mail server is out of order for
+    good, refuses twice, rejects the login, and bears a certificate that nobody vouches for."""
+    secret = tmp_path / "mail.pass"
+    assert finish(start("guess", "create-password-file=%s" % secret)).status == 0
+    login = {"smtp_user": "backup", "smtp_password_file": secret, "smtp_starttls": True}
+    down, flaky = mail_server(refuse=99), mail_server(refuse=2)
+    strict = mail_server(tls=True, login=("backup", MAIL_PASSWORD))
+    # To the program 127.1 is a name like any other, to the system it is 127.0.0.1.
+    foreign = mail_server(tls=True, login=("backup", "guess"))
+    runs = []
+    for number, (server, more) in enumerate((
+            (down, {}), (flaky, {}), (strict, login), (foreign, dict(login, smtp_server="127.1")))):
+        name = "vm%d" % number
+        here.sim.add_vm({"name": name, "disks": [disk(MIB, seed=name)]})
+        here.config = here.path / (name + ".cfg")
+        here.configure("vm-export=" + name, *server.settings(**more))
+        runs.append(here.start())
+    results = [finish(process) for process in runs]
+    for number, (result, cause) in enumerate(zip(results, (
+            "451", None, "535", "CERTIFICATE_VERIFY_FAILED"))):
+        assert result.status == 0, result
+        assert result.has("VmBackup ended - Success - S:1 W:0 E:0")
+        assert len(here.folders("vm%d" % number)) == 1
+        warned = [line for line in result.lines if "the mail could not be sent" in line]
+        if cause:
+            (line,) = warned
+            assert line.startswith("***WARNING - ")
+            assert cause in line
+        else:
+            assert not warned
+        assert "guess" not in result.out + result.err
+    assert (down.tries, flaky.tries) == (3, 3)
+    assert (len(down.mails), len(flaky.mails)) == (0, 1)
+    assert not strict.mails
+    assert not foreign.mails
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("mail_from", "a b@c d"), ("mail_to", "<>"), ("mail_to", '"'),
+])
+def test_an_odd_address_never_changes_the_result(here, mail_server, setting, value):
+    server = mail_server()
+    here.configure("vm-export=db", *server.settings(**{setting: value}))
+    result = here.run()
+    assert result.status == 0, result
+    assert result.has("VmBackup ended - Success - S:1 W:0 E:0")
+    assert server.mails or result.has("***WARNING - the mail could not be sent: ")
+
+
+def test_a_login_needs_a_password_file_and_encryption(here):
+    mail = ("mail_to=a@example.org", "mail_from=b@example.org", "smtp_user=backup")
+    here.configure("vm-export=db", "smtp_server=mail.example.org", *mail)
+    result = here.run()
+    assert result.status == 3, result
+    assert result.has("smtp_starttls=True")
+    here.configure("vm-export=db", "smtp_server=127.0.0.1", *mail)
+    result = here.run()
+    assert result.status == 3, result
+    assert result.has("smtp_password_file")
+    assert not here.sim.calls()

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What many tests need of pools, hosts and backups: each helper once.
+
+The fixture small_disk comes to the tests through conftest.py.
+"""
+import hashlib
+import io
+import os
+import socket
+import subprocess
+import tarfile
+import time
+
+import pytest
+import XenAPI
+from simulator.pool import MIB, Pool, disk, snapshot, vif
+
+from support.tally import Ledger, is_good, tree
+
+WRONG = "00" * 32  # the fingerprint of no certificate
+IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_PAUSES": (0, 0.1), "DETACH_PAUSES": (0.1, 0.2)}
+
+
+def wait_until(condition):
+    """Waits for what has to come, and fails if it does not."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def refused_port():
+    """A port of this machine where nobody listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def numbered_vms(count):
+    """A pool with the running VMs vm00, vm01, ..., each with a snapshot that is somebody else's."""
+    pool = Pool()
+    for number in range(count):
+        pool.vm("vm%02d" % number, power_state="Running", vifs=[vif()],
+                disks=[disk(8192, "root", seed=number)], snapshots=[snapshot("mine")])
+    pool.setting(progress_interval=0.05)
+    return pool
+
+
+def old_backup(site, vm, day):
+    """A good backup of 2020, as an earlier version of this program could have made it."""
+    folder = site.backups / vm / ("backup-2020-01-%02d-(02:00:00)" % day)
+    (folder / "DISK-xvda").mkdir(parents=True)
+    (folder / "DISK-xvda" / "vdi.cfg").write_text("orig_uuid=none\n")
+    (folder / "vm.cfg").write_text("name_label=%s\n" % vm)
+    content = ("%s of day %d" % (vm, day)).encode("ascii")
+    (folder / (vm + ".xva")).write_bytes(content)
+    (folder / "SHA256SUMS").write_text(
+        "%s  %s.xva\n" % (hashlib.sha256(content).hexdigest(), vm))
+    (folder / "success").write_bytes(b"")
+
+
+def furnish(site, vms):
+    """Two backups of each VM, and what is not ours, beside them; returns the Ledger."""
+    for vm in vms:
+        old_backup(site, vm, 1)
+        old_backup(site, vm, 2)
+        (site.backups / vm / "notes.txt").write_text("mine")
+    (site.backups / "of another program").mkdir()
+    (site.backups / "of another program" / "file.partial.txt").write_text("mine")
+    return Ledger(site)
+
+
+def assert_whole(site, ledger, vm, least):
+    """All that bears a marker is whole, and there is enough of it."""
+    folders = site.folders(vm)
+    assert len(folders) >= least, (vm, folders)
+    for folder in folders:
+        files = tree(folder)
+        before = {name[len(folder.name) + 1:]: value for name, value in ledger.trees[vm].items()
+                  if name.startswith(folder.name + "/")}
+        assert files == before or (is_good(folder) and len(files) > 3), (vm, folder)
+
+
+def assert_as_if_nothing_had_happened(site, vms, backups=2):
+    """Each VM has its backups and nothing else; what is not ours is all there."""
+    for vm in vms:
+        assert len(site.folders(vm)) == backups
+        assert len(list((site.backups / vm).iterdir())) == backups + 1
+        assert (site.backups / vm / "notes.txt").read_text() == "mine"
+    assert (site.backups / "of another program" / "file.partial.txt").exists()
+    assert len(list(site.backups.iterdir())) == len(vms) + 1
+
+
+def the_host_forgets(site):
+    """Sessions and tasks of a client that was killed are the host's to collect, and it does."""
+    site.sim.fault("session_lost")
+    site.sim.fault("task_vanish")
+
+
+def unprovable(methods):
+    """Whether a run had taken a VDI snapshot and not tagged it: it still bears the disk's name, as
+    anybody's snapshot does, so nobody may destroy it."""
+    return "Async.VDI.snapshot" in methods and "VDI.add_to_other_config" not in methods
+
+
+def destroy_as_an_administrator(site, vdis):
+    """Without the program: nothing of it can know these snapshots."""
+    session = XenAPI.Session(site.sim.http)
+    session.login_with_password(site.sim.username, site.sim.password)
+    for ref in vdis:
+        session.xenapi.VDI.destroy(ref)
+    session.xenapi.session.logout()
+
+
+def lone_vdi_snapshots(site):
+    """{VDI snapshot that belongs to no VM: the VM whose disk it is one of}"""
+    vbds = site.sim.records("VBD").values()
+    owners = {vbd["VDI"]: vbd["VM"] for vbd in vbds}
+    vms = site.sim.records("VM")
+    return {ref: vms[owners[vdi["snapshot_of"]]]["name_label"]
+            for ref, vdi in site.sim.records("VDI").items()
+            if vdi["is_a_snapshot"] and ref not in owners}
+
+
+def disks_in(xva):
+    """{folder: bytes} of the disks in an XVA, put together by the rules of the format."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(xva)) as archive:
+        for member in archive:
+            folder, _, name = member.name.partition("/")
+            if name.isdigit():
+                data = found.setdefault(folder, bytearray())
+                data.extend(bytes(int(name) * MIB - len(data)))
+                data.extend(archive.extractfile(member).read())
+    return found
+
+
+def source_hashes(sim, name):
+    """The SHA-256 of each disk of a VM, sorted."""
+    (ref,) = [ref for ref, vm in sim.records("VM").items()
+              if vm["name_label"] == name and not vm["is_a_snapshot"]]
+    vdis = [vbd["VDI"] for vbd in sim.records("VBD").values()
+            if vbd["VM"] == ref and vbd["type"] == "Disk"]
+    return sorted(sim.disk_sha256(sim.records("VDI")[vdi]["uuid"]) for vdi in vdis)
+
+
+def everything_below(top):
+    """Everything below a folder: kind, mode, owner, size, times of change, content."""
+    found = {}
+    for base, folders, files in os.walk(str(top)):
+        for name in folders + files + ["."]:
+            path = os.path.join(base, name)
+            info = os.lstat(path)
+            content = None
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    content = file.read()
+            found[path] = (info.st_mode, info.st_uid, info.st_ino, info.st_size,
+                           info.st_mtime_ns, info.st_ctime_ns, content)
+    return found
+
+
+@pytest.fixture
+def small_disk(turn, tmp_path):
+    """small_disk(pool, size): a site whose backup_dir is a file system of so many MiB."""
+    mounted = []
+
+    def make(pool, size):
+        site = turn(pool)
+        command = ["mount", "-t", "tmpfs", "-o", "size=%dm" % size, "tmpfs", str(site.backups)]
+        if os.geteuid() or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("only root may mount a small file system, and not everywhere")
+        mounted.append(site.backups)
+        return site
+
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)
