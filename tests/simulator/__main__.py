@@ -53,6 +53,8 @@ def _arguments():
     parser.add_argument("--socket", metavar="PATH", help="the master's unix socket")
     parser.add_argument("--settings", metavar="JSON", type=json.loads, default={},
                         help="settings, see faults.py")
+    parser.add_argument("--delay-ms", metavar="N", type=float, default=0.0,
+                        help="every call takes N ms longer, as to a far host")
     parser.add_argument("--stdin-guard", action="store_true", help="end when standard input does")
     return parser.parse_args()
 
@@ -125,7 +127,8 @@ def main():
     if options.password is not None:
         made.password = options.password
     gc.enable()
-    simulator = Simulator(made, dict(description.get("settings", {}), **options.settings))
+    simulator = Simulator(made, dict(description.get("settings", {}), delay_ms=options.delay_ms,
+                                    **options.settings))
     folder = tempfile.mkdtemp(prefix="xapi-simulator-")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 
-from . import dbfilter, schema, world, xmlrpc
+from . import dbfilter, disks, schema, world, xmlrpc
 from .database import new_ref, now
 from .schema import NULL
 
@@ -468,6 +468,33 @@ def _fail_on(call, name, **occasion):
         raise XapiError(*_error_info(fault))
 
 
+@_method("VM.start", "ref:VM bool bool", is_async=True)
+def _vm_start(call, vm, paused, force):
+    db = call.db
+    _wait_until_free(call, vm)
+    with db.lock:
+        record = db.get("VM", vm)
+        if record["is_a_template"] or record["is_a_snapshot"]:
+            raise XapiError("VM_IS_TEMPLATE", vm, "start")
+        _check_not_blocked(call, vm, "start")
+        if record["power_state"] != "Halted":
+            raise XapiError("VM_BAD_POWER_STATE", vm, "halted", record["power_state"].lower())
+        hosts = call.world.hosts_for(vm)
+        if not hosts:
+            raise XapiError("NO_HOSTS_AVAILABLE")
+        if record["guest_metrics"] in db.tables["VM_guest_metrics"]:
+            db.delete("VM_guest_metrics", record["guest_metrics"])
+        db.set("VM_metrics", record["metrics"], "start_time", now())
+        for field, value in (("guest_metrics", NULL), ("resident_on", hosts[0]), ("domid", 7),
+                             ("power_state", "Paused" if paused else "Running")):
+            db.set("VM", vm, field, value)
+        for vbd in record["VBDs"]:
+            db.set("VBD", vbd, "currently_attached", True)
+        for vif in record["VIFs"]:
+            db.set("VIF", vif, "currently_attached", True)
+        call.world.refresh_operations(vm)
+
+
 @_method("VM.hard_shutdown", "ref:VM", is_async=True)
 def _vm_hard_shutdown(call, vm):
     db = call.db
@@ -535,9 +562,159 @@ def _vdi_destroy(call, vdi):
             raise XapiError("VDI_IN_USE", vdi, "destroy")
         if db.get("SR", record["SR"])["content_type"] == "iso":
             raise XapiError("SR_OPERATION_NOT_SUPPORTED", record["SR"])
-        for vbd in list(record["VBDs"]):
-            db.delete("VBD", vbd)
-        db.delete("VDI", vdi)
+        call.world.forget_disk(vdi)
+
+
+_NEEDED = {
+    "VDI": ("name_label", "name_description", "SR", "virtual_size", "type", "sharable",
+            "read_only", "other_config"),
+    "VBD": ("VM", "VDI", "userdevice", "bootable", "mode", "type", "empty", "other_config",
+            "qos_algorithm_type", "qos_algorithm_params"),
+    "VIF": ("device", "network", "VM", "MAC", "MTU", "other_config", "qos_algorithm_type",
+            "qos_algorithm_params"),
+}
+
+
+def _given_record(call, cls, given):
+    """A record as a call's argument: all that has no default must be there."""
+    record = schema.new_record(cls)
+    for name in _NEEDED[cls]:
+        if name not in given:
+            raise XapiError("FIELD_TYPE_ERROR", "Field %s not present in rpc" % name)
+    for name, value in given.items():
+        kind = schema.TYPES[cls].get(name)
+        if kind is not None:
+            record[name] = _convert({"refs": "set", "date": "str"}.get(kind, kind), value)
+            target = {"SR": "SR", "VM": "VM", "VDI": "VDI", "network": "network"}.get(name)
+            if target and value != NULL and call.db.get(target, value) is None:
+                raise XapiError("HANDLE_INVALID", target, value)
+    record["uuid"] = ""
+    return record
+
+
+@_method("VDI.create", "map", is_async=True)
+def _vdi_create(call, given):
+    record = _given_record(call, "VDI", given)
+    if record["type"] not in ("user", "system", "ephemeral", "suspend"):
+        raise XapiError("VDI_INCOMPATIBLE_TYPE", NULL, record["type"])
+    return "<value>%s</value>" % create_vdi(call, record=record)
+
+
+def create_vdi(caller, record=None, sr=NULL, name="", size=0, **fields):
+    """Make a disk, of a record or of its fields; rounds its size as storage of vhds does."""
+    if record is None:
+        record = schema.new_record(
+            "VDI", SR=sr, name_label=name, virtual_size=size, type=fields.pop("type", "user"),
+            **{key: value.copy() if hasattr(value, "copy") else value
+               for key, value in fields.items()})
+    db, simulator = caller.db, caller.simulator
+    with db.lock:
+        storage = db.get("SR", record["SR"])
+        if storage is None:
+            raise XapiError("HANDLE_INVALID", "SR", record["SR"])
+        if storage["content_type"] == "iso":
+            raise XapiError("SR_OPERATION_NOT_SUPPORTED", record["SR"])
+        if not any(caller.world.sees(host, record["SR"]) for host in caller.world.hosts):
+            raise XapiError("SR_HAS_NO_PBDS", record["SR"])
+        fault = simulator.faults.take("vdi_create_error", host=caller.host)
+        if fault:
+            raise XapiError(*fault.get("error_info", _NO_SPACE))
+        if simulator.settings["round_disks"]:
+            record["virtual_size"] += -record["virtual_size"] % (2 << 20)
+        if record["virtual_size"] > 2040 << 30:
+            raise XapiError("SR_BACKEND_FAILURE_79", "", "VDI Invalid size", "")
+        free = storage["physical_size"] - storage["physical_utilisation"]
+        if storage["type"] in world.THICK and record["virtual_size"] > free:
+            raise XapiError(*_NO_SPACE)
+        record["allowed_operations"] = [
+            "clone", "copy", "destroy", "snapshot", "update", "resize"]
+        return caller.world.new_disk(record)
+
+
+_NO_SPACE = ["SR_BACKEND_FAILURE_44", "", "There is insufficient space", ""]
+
+
+@_method("VDI.resize", "ref:VDI int", is_async=True)
+def _vdi_resize(call, vdi, size):
+    with call.db.lock:
+        record = call.db.get("VDI", vdi)
+        if any(call.db.get("VBD", vbd)["currently_attached"] for vbd in record["VBDs"]):
+            raise XapiError("VDI_IN_USE", vdi, "resize")
+        if size < record["virtual_size"]:
+            raise XapiError("SR_BACKEND_FAILURE_79", "", "VDI Invalid size: shrinking", "")
+        content = call.world.content(vdi)
+        if call.simulator.settings["round_disks"]:
+            size += -size % (2 << 20)
+        call.db.contents[vdi] = disks.Written(size, content)
+        call.db.set("VDI", vdi, "virtual_size", size)
+
+
+@_method("VBD.create", "map", is_async=True)
+def _vbd_create(call, given):
+    db = call.db
+    record = _given_record(call, "VBD", given)
+    with db.lock:
+        vm = db.get("VM", record["VM"])
+        if vm is None:
+            raise XapiError("HANDLE_INVALID", "VM", record["VM"])
+        used = {db.get("VBD", vbd)["userdevice"] for vbd in vm["VBDs"]}
+        if record["userdevice"] == "autodetect":
+            record["userdevice"] = next(str(k) for k in range(255) if str(k) not in used)
+        if record["userdevice"] in used:
+            raise XapiError("DEVICE_ALREADY_EXISTS", record["userdevice"])
+        if record["type"] == "CD" and record["mode"] != "RO":
+            raise XapiError("VBD_CDS_MUST_BE_READONLY")
+        if record["type"] != "CD" and (record["empty"] or record["VDI"] == NULL):
+            raise XapiError("VBD_NOT_REMOVABLE_MEDIA", NULL)
+        if record["mode"] == "RW" and db.get("VDI", record["VDI"])["read_only"]:
+            raise XapiError("VDI_READONLY", record["VDI"])
+        return "<value>%s</value>" % db.insert("VBD", record)
+
+
+@_method("VBD.destroy", "ref:VBD", is_async=True)
+def _vbd_destroy(call, vbd):
+    with call.db.lock:
+        if call.db.get("VBD", vbd)["currently_attached"]:
+            raise XapiError("OPERATION_NOT_ALLOWED", "VBD is still attached")
+        call.db.delete("VBD", vbd)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+@_method("VIF.create", "map", is_async=True)
+def _vif_create(call, given):
+    record = _given_record(call, "VIF", given)
+    with call.db.lock:
+        used = {call.db.get("VIF", vif)["device"]
+                for vif in call.db.get("VM", record["VM"])["VIFs"]}
+        if record["device"] in used:
+            raise XapiError("DEVICE_ALREADY_EXISTS", record["device"])
+        return "<value>%s</value>" % call.db.insert("VIF", record)
+
+
+@_method("VIF.destroy", "ref:VIF", is_async=True)
+def _vif_destroy(call, vif):
+    with call.db.lock:
+        if call.db.get("VIF", vif)["currently_attached"]:
+            raise XapiError("OPERATION_NOT_ALLOWED", "VIF is still attached")
+        call.db.delete("VIF", vif)
+
+
+@_method("PIF.forget", "ref:PIF", is_async=True)
+def _pif_forget(call, pif):
+    with call.db.lock:
+        call.db.delete("PIF", pif)
+
+
+@_method("network.destroy", "ref:network", is_async=True)
+def _network_destroy(call, network):
+    with call.db.lock:
+        record = call.db.get("network", network)
+        if record["VIFs"]:
+            raise XapiError("NETWORK_CONTAINS_VIF", record["VIFs"][0])
+        if record["PIFs"]:
+            raise XapiError("NETWORK_CONTAINS_PIF", record["PIFs"][0])
+        call.db.delete("network", network)
 
 
 # --- tasks and events -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import ctypes
 import ctypes.util
 import hashlib
 import os
+import tempfile
 import threading
 
 MIB = 1 << 20
@@ -176,6 +177,32 @@ class File(Content):
             data = self.chunk(index)
             if data != ZEROS[:len(data)]:
                 yield index
+
+
+class Written(Content):
+    """A disk that is written to: zeros, or what another holds, until then."""
+
+    def __init__(self, size, other=None):
+        super().__init__(size)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the disk
+        self._file.truncate(size)
+        self._populated = set()
+        for index in other.populated() if other is not None else ():
+            self.write(index * MIB, other.chunk(index))
+
+    def write(self, offset, data):
+        """Put bytes at an offset."""
+        if not len(data):
+            return
+        os.pwrite(self._file.fileno(), data, offset)
+        self._populated.update(range(offset // MIB, (offset + len(data) - 1) // MIB + 1))
+
+    def _view(self, index):
+        data = os.pread(self._file.fileno(), MIB, index * MIB)
+        return memoryview(data + bytes(MIB - len(data))), None
+
+    def populated(self):
+        return sorted(self._populated)
 
 
 def content(description, size, default_seed):

@@ -13,11 +13,11 @@ OPTIONS OF ALL FAULTS
     vdi         only for this disk (name or uuid; its snapshots count as it)
 
 BODIES.  These concern /export unless ``path`` names another handler ("/export_metadata",
-"/export_raw_vdi", "/pool/xmldbdump", or "*").  ``after`` is a number of bytes of the body, default
-0; negative: that many before the end of an uncompressed /export_raw_vdi or /pool/xmldbdump, and
-for raw_cut of any body.  It counts bytes of the *archive*, before compression: the compressed
-stream is still ended properly, as xapi's compressor does.  Those marked (wire) count bytes as the
-client gets them.
+"/export_raw_vdi", "/pool/xmldbdump", "/import", "/import_raw_vdi", or "*").  ``after`` is a number
+of bytes of the body, default 0; negative: that many before the end of an uncompressed
+/export_raw_vdi or /pool/xmldbdump, for raw_cut of any body, and of a body that comes in.  It counts
+bytes of the *archive*, before compression: the compressed stream is still ended properly, as
+xapi's compressor does.  Those marked (wire) count bytes as the client gets them.
 
     export_cut          close after N bytes, nothing appended.  task="pending" (default), "vanish",
                         "failure" (with error_info) or "success"
@@ -42,6 +42,19 @@ client gets them.
     task_never_completes        the task stays pending though the body ends
     database_dummy      /pool/xmldbdump has no tables, as during a rolling pool upgrade
     slow_detach         the disk stays attached (VDI_IN_USE) ``seconds`` after the end
+
+BODIES THAT COME IN (/import, /import_raw_vdi).  Of the above these work there too, with ``path``;
+their bytes are those that came in: export_cut (xapi dies: nothing is cleared away), export_fail,
+export_fail_silent, export_cancel, export_reset (the line breaks: xapi clears away and the task
+fails), export_silence and export_rate (of reading), export_empty_reply, export_401, export_302,
+export_431, export_408, export_500, task_never_completes, slow_detach.  And for /import:
+    import_400          the answer is 400, the task fails with error_info (default
+                        NOT_SUPPORTED_DURING_UPGRADE)
+    import_slow_cleanup the clean-up after a failure takes ``seconds`` before anything goes
+    import_leaves       the clean-up leaves records of the class ``cls`` (default VDI)
+    import_slow_end     ``seconds`` pass between the last byte that is read and the task's end
+    vdi_create_error    VDI.create (a call, or of an import) fails with error_info (default
+                        SR_BACKEND_FAILURE_44)
 
 ARCHIVES (/export, and format=tar of /export_raw_vdi).  ``vdi`` selects the disk (default: all);
 ``chunk`` is the index, or a list of them, in MiB of the disk; -1 (default) is the last.
@@ -99,6 +112,9 @@ SETTINGS ("settings" of the description, or ``Simulator.setting(name=value)``)
     first_id            the first number of Ref:N in archives (1)
     login_delay         seconds that a wrong password takes (0)
     session_limit       sessions of one originator (500)
+    delay_ms            milliseconds that every call and request takes longer: a far host (0)
+    archive_version     the xapi that archives claim to come from (1.20; this one is 24.19)
+    round_disks         new disks are rounded up to blocks of 2 MiB, as storage of vhds does (true)
 """
 
 import itertools
@@ -107,7 +123,7 @@ import threading
 SETTINGS = {
     "progress_interval": 10.0, "head_timeout": 10.0, "busy_wait": 0.0, "queue_wait": 7200.0,
     "operation_shape": "new", "bad_uuid": "failure", "first_id": 1, "login_delay": 0.0,
-    "session_limit": 500,
+    "session_limit": 500, "delay_ms": 0.0, "round_disks": True, "archive_version": "1.20",
 }
 
 _COMMON = {"times", "skip", "host", "vm", "vdi"}
@@ -145,6 +161,11 @@ FAULTS = {
     "no_end_blocks": set(),
     "trailing_text": {"text"},
     "joined_twice": set(),
+    "import_400": {"path", "error_info"},
+    "import_slow_cleanup": {"path", "seconds"},
+    "import_leaves": {"path", "cls"},
+    "import_slow_end": {"path", "seconds"},
+    "vdi_create_error": {"error_info"},
     "rpc_error": _CALL | {"error_info", "immediate"},
     "rpc_drop": _CALL,
     "rpc_hang": _CALL | {"seconds"},
@@ -218,7 +239,8 @@ class Fault:
         if "vdi" in options and vdi is not None and options["vdi"] not in vdi:
             return False
         if path is not None and self.name in _TAKES_PATH:
-            return options.get("path", "/export") in (path, "*")
+            usual = "/import" if self.name.startswith("import_") else "/export"
+            return options.get("path", usual) in (path, "*")
         if method is not None and ("method" in options or self.name.startswith("rpc_")):
             if moment is not None and options.get("moment", "before") != moment:
                 return False

@@ -10,9 +10,10 @@ A description is plain JSON.  Its keys:
 
 name, username, password   of the pool and its administrator
 hosts       list of {name, uuid}; the first is the master unless "master" gives another index
-srs         list of {name, uuid, type, content_type, shared, snapshot, hosts, default}: ``snapshot``
-            false for one that cannot, ``hosts`` the indexes of the hosts that see it (default all)
-networks    list of {name, uuid, bridge, mtu}
+srs         list of {name, uuid, type, content_type, shared, snapshot, hosts, default, size,
+            used}: ``snapshot`` false for one that cannot, ``hosts`` the indexes of the hosts that
+            see it (default all)
+networks    list of {name, uuid, bridge, mtu, plugged}
 vms         list of VMs, see ``Pool.vm``
 settings    see ``faults.py``
 faults      list of {"name": ..., options}: faults that are there from the start, see ``faults.py``
@@ -80,15 +81,16 @@ class Pool:
         }
 
     def sr(self, name, type="nfs", content_type="user", shared=True, snapshot=True, hosts=None,
-           uuid=None):
-        """Add a storage repository."""
+           uuid=None, size=None, used=None):
+        """Add a storage repository; ``size`` and ``used`` are bytes (default 1 TiB and none)."""
         self.description["srs"].append(_given(
             name=name, type=type, content_type=content_type, shared=shared, snapshot=snapshot,
-            hosts=hosts, uuid=uuid))
+            hosts=hosts, uuid=uuid, size=size, used=used))
 
-    def network(self, name, bridge="xenbr1", mtu=1500, uuid=None):
-        """Add a network."""
-        self.description["networks"].append(_given(name=name, bridge=bridge, mtu=mtu, uuid=uuid))
+    def network(self, name, bridge="xenbr1", mtu=1500, uuid=None, plugged=None):
+        """Add a network; one that is not ``plugged`` has no PIFs."""
+        self.description["networks"].append(_given(
+            name=name, bridge=bridge, mtu=mtu, uuid=uuid, plugged=plugged))
 
     def vm(self, name, disks=(), cds=(), vifs=(), snapshots=(), **fields):
         """Add a VM and return its description.

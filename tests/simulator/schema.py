@@ -100,6 +100,15 @@ _FIELDS = {
         current_operations:map VIFs:refs PIFs:refs MTU:int=1500 other_config:map bridge:str
         managed:bool=true blobs:map tags:set default_locking_mode:str=unlocked assigned_ips:map
         purpose:set""",
+    "PIF": """
+        uuid:str device:str network:ref host:ref MAC:str MTU:int=1500 VLAN:int=-1 metrics:ref
+        physical:bool=true currently_attached:bool=true ip_configuration_mode:str=DHCP IP:str
+        netmask:str gateway:str DNS:str bond_slave_of:ref bond_master_of:refs VLAN_master_of:ref
+        VLAN_slave_of:refs management:bool other_config:map disallow_unplug:bool
+        tunnel_access_PIF_of:refs tunnel_transport_PIF_of:refs ipv6_configuration_mode:str=None
+        IPv6:set ipv6_gateway:str primary_address_type:str=IPv4 managed:bool=true properties:map
+        capabilities:set igmp_snooping_status:str=unknown sriov_physical_PIF_of:refs
+        sriov_logical_PIF_of:refs PCI:ref""",
     "VIF": """
         uuid:str allowed_operations:set current_operations:map device:str network:ref VM:ref
         MAC:str MTU:int=1500 other_config:map currently_attached:bool status_code:int
@@ -153,6 +162,8 @@ RELATIONS = {
     ("VBD", "VDI"): ("VDI", "VBDs"),
     ("VIF", "VM"): ("VM", "VIFs"),
     ("VIF", "network"): ("network", "VIFs"),
+    ("PIF", "network"): ("network", "PIFs"),
+    ("PIF", "host"): ("host", "PIFs"),
     ("VDI", "SR"): ("SR", "VDIs"),
     ("VDI", "snapshot_of"): ("VDI", "snapshots"),
     ("PBD", "SR"): ("SR", "PBDs"),

@@ -7,9 +7,11 @@ import socket
 import ssl
 import struct
 import threading
+import time
 import urllib.parse
 
-from . import api, handlers, xmlrpc
+from . import api, handlers, imports, xmlrpc
+from .answer import BAD_REQUEST, TIMEOUT, TOO_LARGE, sleep_unless
 from .api import DropConnection
 
 HEAD_LIMIT = 1006
@@ -237,6 +239,15 @@ class Connection:
         self._buffer = rest
         return head
 
+    def receive(self, view):
+        """Fill a part of a writable view with what comes in; 0 at the end."""
+        if self._buffer:
+            count = min(len(view), len(self._buffer))
+            view[:count] = self._buffer[:count]
+            self._buffer = self._buffer[count:]
+            return count
+        return self.socket.recv_into(view)
+
     def _read_body(self, length):
         parts = [self._buffer[:length]]
         missing = length - len(parts[0])
@@ -251,20 +262,22 @@ class Connection:
 
     def _answer(self, request):
         """Answer one request; False closes the connection."""
+        time.sleep(self.simulator.settings["delay_ms"] / 1000)
         if request.method == "POST":
             return self._answer_call(request)
         entry = self.simulator.log(
             kind="http", host=self.member.index, transport=self.kind,
             method="%s %s" % (request.method, request.path), args=dict(request.query),
             headers=dict(request.headers), outcome=None)
-        if request.method != "GET":
+        handler = {"GET": handlers.Handler, "PUT": imports.Handler}.get(request.method)
+        if handler is None:
             self.error_page(request, "501", "Method not implemented",
                             "<h1>HTTP 501 Method Not Implemented</h1><p>%s not supported.<br />"
                             "</p>" % request.method)
             return False
         self.simulator.act("method", method=entry["method"], moment="before",
                            host=self.member.index)
-        handlers.Handler(self, request, entry).run()
+        handler(self, request, entry).run()
         self.simulator.act("method", method=entry["method"], moment="after",
                            host=self.member.index)
         return False
@@ -355,22 +368,6 @@ class Connection:
             socket.socket(fileno=descriptor).close()
         else:
             self.socket.close()
-
-
-BAD_REQUEST = ("400", "Bad Request", "<h1>HTTP 400 bad request</h1>The HTTP request was malformed. "
-                                     "Please correct and retry.")
-TIMEOUT = ("408", "Request Timeout",
-           "<h1>HTTP 408 request timeout</h1>Timed out waiting for the request.")
-TOO_LARGE = ("431", "Request Header Fields Too Large",
-             "<h1>HTTP 431 request header fields too large</h1>Exceeded the maximum header size.")
-
-
-def sleep_unless(stop, seconds):
-    """Sleep, but no longer than until ``stop()``."""
-    event = threading.Event()
-    while seconds > 0 and not stop():
-        event.wait(min(seconds, 0.1))
-        seconds -= 0.1
 
 
 def _summary(name, parameters):

@@ -167,6 +167,8 @@ class Simulator:
             self.db.set("VM", vm, field, value)
         for vbd in self.db.get("VM", vm)["VBDs"]:
             self.db.set("VBD", vbd, "currently_attached", False)
+        for vif in self.db.get("VM", vm)["VIFs"]:
+            self.db.set("VIF", vif, "currently_attached", False)
         self.world.refresh_operations(vm)
 
     def attach(self, vdi, change):
@@ -175,6 +177,15 @@ class Simulator:
             self.attached[vdi] = self.attached.get(vdi, 0) + change
             if not self.attached[vdi]:
                 del self.attached[vdi]
+
+    def let_go(self, vdi, slow=None):
+        """End a hold of a disk: at once, or after the seconds of a fault."""
+        if slow is None:
+            self.attach(vdi, -1)
+            return
+        timer = threading.Timer(slow.get("seconds", 1), self.attach, (vdi, -1))
+        timer.daemon = True
+        timer.start()
 
     # --- actions ----------------------------------------------------------------------------------
 

@@ -72,3 +72,60 @@ def stream(content, vdi_uuid):
             if len(data) < MIB:
                 yield ZEROS[len(data):]
     yield footer
+
+
+def apply(source, content, length, broken):
+    """Write the allocated sectors of a whole vhd file to a disk (serve_vhd_to_raw).
+
+    ``source.read(n)`` gives its bytes in order, ``length`` is how many there are, or None;
+    ``broken`` is raised where it does not fit.
+    """
+    at = 0
+
+    def read(size):
+        nonlocal at
+        at += size
+        return bytes(source.read(size))
+
+    def skip(to):
+        if to < at:
+            raise broken
+        while at < to:
+            read(min(to - at, MIB))
+
+    footer = read(SECTOR)
+    if footer[:8] != b"conectix":
+        raise broken
+    skip(struct.unpack(">Q", footer[16:24])[0])
+    header = read(1024)
+    table_at, _, entries, block = struct.unpack(">QIII", header[16:36])
+    if header[:8] != b"cxsparse" or not block:
+        raise broken
+    skip(table_at)
+    table = struct.unpack(">%dI" % entries, read(4 * entries))
+    bitmap_size = -(-(block // SECTOR) // 8 // SECTOR) * SECTOR
+    for sector, index in sorted((sector, index) for index, sector in enumerate(table)
+                                if sector != 0xFFFFFFFF):
+        skip(sector * SECTOR)
+        bitmap, data = read(bitmap_size), read(block)
+        _write_block(content, index * block, bitmap, data, broken)
+    if length is not None:
+        skip(length - SECTOR)
+        if read(SECTOR)[:8] != b"conectix":
+            raise broken
+
+
+def _write_block(content, start, bitmap, data, broken):
+    sectors = len(data) // SECTOR
+    if bitmap[:sectors // 8] == b"\xff" * (sectors // 8):
+        runs = [(0, sectors)]
+    else:
+        runs = [(k, k + 1) for k in range(sectors) if bitmap[k // 8] & 0x80 >> k % 8]
+    for first, end in runs:
+        part = data[first * SECTOR:end * SECTOR]
+        beyond = start + first * SECTOR + len(part) - content.size
+        if beyond > 0:
+            if any(part[len(part) - beyond:]):
+                raise broken
+            part = part[:max(0, len(part) - beyond)]
+        content.write(start + first * SECTOR, part)

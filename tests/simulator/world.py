@@ -12,6 +12,8 @@ from .schema import NULL
 _PERCENT = re.compile("%([_%nrt])")
 _PERCENT_MEANS = {"_": " ", "%": "%", "n": "\n", "r": "\r", "t": "\t"}
 
+THICK = ("lvm", "lvmohba", "lvmoiscsi")     # types of SRs whose disks take their whole size
+
 _OPERATIONS = {
     "Halted": ["changing_dynamic_range", "changing_shadow_memory", "changing_static_range",
                "migrate_send", "make_into_template", "destroy", "export", "start_on", "start",
@@ -87,6 +89,46 @@ class World:
             record = self.db.get("VDI", vdi)
             contents[vdi] = disks.content(None, record["virtual_size"], record["uuid"])
         return contents[vdi]
+
+    def writable(self, vdi):
+        """The same, as something to write to; snapshots keep what was there."""
+        content = self.content(vdi)
+        if not isinstance(content, disks.Written):
+            record = self.db.get("VDI", vdi)
+            content = self.db.contents[vdi] = disks.Written(record["virtual_size"], content)
+        return content
+
+    def grow(self, vdi, size):
+        """Count what a disk takes of a thin SR; of a thick one it took all when it was made."""
+        with self.db.lock:
+            record = self.db.get("VDI", vdi)
+            if self.db.get("SR", record["SR"])["type"] not in THICK:
+                self._use(record["SR"], size)
+                record["physical_utilisation"] += size
+
+    def _use(self, sr, size):
+        used = self.db.get("SR", sr)["physical_utilisation"]
+        self.db.set("SR", sr, "physical_utilisation", max(0, used + size))
+
+    def new_disk(self, record):
+        """Make a disk of a record, empty; returns its reference."""
+        with self.db.lock:
+            ref = self.db.insert("VDI", record)
+            self.db.set("VDI", ref, "location", record["uuid"])
+            self.db.contents[ref] = disks.Written(record["virtual_size"])
+            if self.db.get("SR", record["SR"])["type"] in THICK:
+                self.db.set("VDI", ref, "physical_utilisation", record["virtual_size"])
+                self._use(record["SR"], record["virtual_size"])
+            return ref
+
+    def forget_disk(self, vdi):
+        """Remove a disk, and its VBDs; the SR has its space again."""
+        with self.db.lock:
+            record = self.db.get("VDI", vdi)
+            for vbd in list(record["VBDs"]):
+                self.db.delete("VBD", vbd)
+            self.db.delete("VDI", vdi)
+            self._use(record["SR"], -record["physical_utilisation"])
 
     def refresh_operations(self, vm):
         """Write ``VM.allowed_operations`` anew."""
@@ -164,6 +206,11 @@ class Builder:
             self.networks[network["name"]] = self.db.insert(
                 "network", uuid=self.uuid(network.get("uuid")), name_label=network["name"],
                 bridge=network.get("bridge", "xenbr0"), MTU=network.get("mtu", 1500))
+            for k, host in enumerate(world.hosts) if network.get("plugged", True) else ():
+                self.db.insert(
+                    "PIF", network=self.networks[network["name"]], host=host,
+                    device="eth%d" % (len(self.networks) - 1),
+                    MAC="0a:00:00:00:%02x:%02x" % (k, len(self.networks)))
         for number, host in enumerate(world.hosts):
             self.control_domain(number, host)
         for vm in description.get("vms", ()):
@@ -191,7 +238,9 @@ class Builder:
             "SR", uuid=self.uuid(sr.get("uuid")), name_label=sr["name"],
             type=sr.get("type", "nfs"), content_type=sr.get("content_type", "user"),
             shared=sr.get("shared", False),
-            allowed_operations=["vdi_create", "vdi_snapshot", "vdi_destroy", "scan", "update"])
+            physical_size=sr.get("size", 1 << 40), physical_utilisation=sr.get("used", 0),
+            allowed_operations=["scan"] if sr.get("content_type") == "iso" else [
+                "vdi_create", "vdi_snapshot", "vdi_destroy", "vdi_resize", "scan", "update"])
         self.srs[sr["name"]] = ref
         if not sr.get("snapshot", True):
             self.db.no_snapshot.add(ref)

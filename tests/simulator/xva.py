@@ -55,13 +55,14 @@ class Metadata:
     """The objects that an export takes along, their new ids, and the ova.xml of them."""
 
     def __init__(self, world, ids, vms, preserve_power_state=False, with_snapshots=False,
-                 excluded=()):
+                 excluded=(), version="1.20"):
         self.world = world
         self.db = world.db
         self.ids = ids
         self.preserve = preserve_power_state
         self.with_snapshots = with_snapshots
         self.excluded = excluded
+        self.version = version
         self.table = {}
         self.classes = {cls: [] for cls in _ORDER}
         for vm in vms:
@@ -123,8 +124,9 @@ class Metadata:
         """The document."""
         version = xmlrpc.struct([(name, "<value>%s</value>" % value) for name, value in (
             ("hostname", "localhost"), ("date", "2026-02-01"), ("product_version", "8.3.0"),
-            ("product_brand", "XCP-ng"), ("build_number", "cloud"), ("xapi_major", "1"),
-            ("xapi_minor", "20"), ("export_vsn", "2"))])
+            ("product_brand", "XCP-ng"), ("build_number", "cloud"),
+            ("xapi_major", self.version.split(".")[0]), ("xapi_minor", self.version.split(".")[1]),
+            ("export_vsn", "2"))])
         objects = []
         for cls in _ORDER:
             for ref in self.classes[cls]:
