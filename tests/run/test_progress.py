@@ -1,17 +1,189 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Progress and colours, as somebody at a terminal sees them; and what cron gets in their place."""
+"""What somebody at a terminal sees: the question for the password, progress, colours; and what cron
+gets in its place. The terminal is a pseudo terminal, and what it shows is worked out here."""
+import codecs
+import fcntl
+import io
+import os
+import pty
 import re
+import select
 import signal
+import struct
 import subprocess
+import sys
+import termios
+import time
 
 import pytest
 from simulator.pool import MIB, Pool, disk
-from support.harness import LINE
-from support.terminal import assert_log, start
-from support.world import pool_of, set_clock, wait_until
+from support.harness import LINE, ROOT
 
-FIGURES = r"%s: 2 of about 4 MiB, \d+ MB/s, \d+:\d\d left"
+import vmbackup as program
+
+LABEL = r"\[\d+/\d+\] %s  "
+FAR = r"2\.0 MiB of about 4\.0 MiB \(50 %%\)  "
+FIGURES = LABEL + FAR + r"\d+(\.\d)? MB/s  [\dmins ]+ left"
+SHORT = LABEL + r"50 %%  \d+(\.\d)? MB/s  [\dmins ]+ left"
 TICKS = {"SILENCE": 0.1}  # the host is asked at each tick of the watch: so a test can count them
+DRIVER = """
+import sys, time
+import vmbackup
+real, jump, constants = time.monotonic, sys.argv.pop(1), eval(sys.argv.pop(1))
+if jump:  # a file that tells how many seconds this clock is ahead
+    time.monotonic = lambda: real() + float(open(jump).read())
+for name, value in constants.items():
+    getattr(vmbackup, name)
+    setattr(vmbackup, name, value)
+sys.exit(vmbackup.main())
+"""
+
+
+def two_vms():
+    pool = Pool(password="open sesame")
+    for name in ("web", "db"):
+        pool.vm(name, disks=[disk(4 * MIB, seed=name)])
+    return pool
+
+
+def start(words, stdin, stdout, stderr, terminal=False, env=None, jump="", constants=None):
+    """A run like that of the command line, with these constants and clock; with `terminal` standard
+    input is the one that controls it."""
+    clean = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TZ": "UTC", "TERM": "xterm",
+             "PYTHONPATH": str(ROOT)}
+    clean.update(env or {})
+    command = [sys.executable, "-c", DRIVER, str(jump), repr(constants or {})]
+    return subprocess.Popen(
+        command + [str(word) for word in words],
+        env={key: value for key, value in clean.items() if value is not None},
+        stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
+        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None)
+
+
+class Terminal:
+    """A terminal with a run in it.
+
+    raw: all bytes that came. rows: the lines that scrolled away, as a screen shows them. row: the
+    line with the cursor. erased: what stood in a line that was rewritten. colours: of each of
+    `rows` the [(SGR parameters, text), ...].
+    """
+
+    def __init__(self, *words, columns=100, stdout=None, stderr=None, **options):
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = start(words, slave, stdout or slave, stderr or slave, True, **options)
+        os.close(slave)
+        self.raw, self.rows, self.erased, self.colours = b"", [], [], []
+        self._cells, self._at, self._colour, self._left = [], 0, "", ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    @property
+    def row(self):
+        return "".join(char for char, _ in self._cells)
+
+    def echoes(self):
+        return bool(termios.tcgetattr(self.master)[3] & termios.ECHO)
+
+    def type(self, text):
+        os.write(self.master, text.encode("utf-8"))
+
+    def until(self, condition, seconds=30):
+        """Reads on until something is shown; fails if it never is."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (self.rows, self.row)
+            if not self._read(0.1):
+                assert condition(), (self.rows, self.row)
+                return
+
+    def end(self):
+        """Reads to the end of the run; returns its exit status."""
+        deadline = time.monotonic() + 60
+        try:
+            while self._read(1):
+                assert time.monotonic() < deadline, (self.rows, self.row)
+            return self.process.wait(30)
+        finally:
+            self.close()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.master is not None:
+            os.close(self.master)
+            self.master = None
+
+    def hang_up(self):
+        master, self.master = self.master, None
+        os.close(master)
+
+    def _read(self, seconds):
+        if not select.select([self.master], [], [], seconds)[0]:
+            return True
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # EIO: nobody has it open any more
+            return False
+        self.raw += data
+        self._show(self._left + self._decoder.decode(data))
+        return bool(data)
+
+    def _show(self, text):
+        self._left = ""
+        while text:
+            escape = re.match(r"\x1b\[([0-9;]*)([A-Za-z])", text)
+            if escape:
+                text = text[escape.end():]
+                assert escape.group(2) in "mK", escape.group()
+                if escape.group(2) == "m":
+                    self._colour = escape.group(1).strip("0")
+                else:
+                    assert not escape.group(1)
+                    self._erase()
+            elif text[0] == "\x1b":
+                assert len(text) < 10, text
+                self._left, text = text, ""
+            else:
+                self._put(text[0])
+                text = text[1:]
+
+    def _erase(self):
+        if self._cells and not self._at:
+            self.erased.append(self.row)
+        del self._cells[self._at:]
+
+    def _put(self, char):
+        if char == "\r":
+            self._at = 0
+        elif char == "\n":
+            self.rows.append(self.row)
+            runs = []
+            for cell, colour in self._cells:
+                if runs and runs[-1][0] == colour:
+                    runs[-1] = (colour, runs[-1][1] + cell)
+                else:
+                    runs.append((colour, cell))
+            self.colours.append(runs)
+            self._cells, self._at = [], 0
+        else:
+            assert char.isprintable(), repr(char)
+            self._cells[self._at:self._at + 1] = [(char, self._colour)]
+            self._at += 1
+
+
+@pytest.fixture
+def terminal():
+    """terminal(words..., options) is a Terminal, which ends with the test."""
+    made = []
+
+    def make(*words, **options):
+        made.append(Terminal(*words, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 def gate(here, vm):
@@ -23,24 +195,151 @@ def gate(here, vm):
 def ticks(here, vm):
     """How often the watch has asked for the task of a VM's export."""
     mine = {ref for ref, task in here.sim.tasks().items()
-            if task["name_label"] == "vmbackup: " + vm}
+            if task["name_label"].endswith("] " + vm)}
     return sum(call["method"] == "task.get_record" and call["args"][1] in mine
                for call in here.sim.calls())
 
 
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
 def wait_for_ticks(here, vm, count):
     more = ticks(here, vm) + count
-    wait_until(lambda: ticks(here, vm) >= more)
+    until(lambda: ticks(here, vm) >= more)
+
+
+def set_clock(folder, seconds):
+    """Puts the clock of the runs with jump=folder/jump so far ahead of the real one."""
+    (folder / "new").write_text(str(seconds))
+    os.rename(str(folder / "new"), str(folder / "jump"))
+
+
+def assert_log(lines):
+    """Each is one whole line of the log, nothing of a progress line in it."""
+    for line in lines:
+        assert LINE.match(line), line
+        assert " of about " not in line and line.count(" - 20") == 0, line
+
+
+# --- the password ---------------------------------------------------------------------------------
+
+def test_the_password_is_asked_for_without_echo(turn, terminal, tmp_path):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    with (tmp_path / "log").open("wb") as log:
+        term = terminal("-", here.config, "preview", stdout=log)
+        term.until(lambda: "assword" in term.row)
+        assert not term.echoes()
+        term.type(here.sim.password + "\n")
+        assert term.end() == 0
+    assert here.sim.password.encode() not in term.raw
+    log = (tmp_path / "log").read_text()
+    assert here.sim.password not in log and "assword:" not in log
+    assert log.splitlines()[-1].endswith("SUCCESS preview parameters")
+
+
+def test_a_password_file_is_made_of_what_is_typed(turn, terminal, tmp_path):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    term = terminal("-", "create-password-file=%s" % (tmp_path / "pass"))
+    term.until(lambda: "assword" in term.row)
+    term.type(here.sim.password + "\n")
+    assert term.end() == 0
+    assert here.sim.password.encode() not in term.raw
+    assert terminal(tmp_path / "pass", here.config, "preview").end() == 0
+
+
+def at_the_question(turn, terminal):
+    """A site, and the terminal of a run there that asks for the password."""
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    term = terminal("-", here.config)
+    term.until(lambda: "assword" in term.row)
+    return here, term
+
+
+def test_a_wrong_password_at_the_terminal(turn, terminal):
+    _, term = at_the_question(turn, terminal)
+    term.type("swordfish\n")
+    assert term.end() == 3
+    assert "wrong user name or password" in term.rows[-1]
+    assert b"swordfish" not in term.raw
+
+
+def test_ctrl_c_at_the_question(turn, terminal):
+    """The run ends as by a signal, and the terminal echoes again."""
+    here, term = at_the_question(turn, terminal)
+    term.type("\x03")
+    term.until(lambda: any("stopped by signal 2" in row for row in term.rows))
+    assert term.echoes()
+    assert term.end() == 130
+    assert b"Traceback" not in term.raw
+    assert not here.sim.calls()
+
+
+def asked(term):
+    """Waits for the question, and until what is typed does not show."""
+    term.until(lambda: "assword" in term.row and not term.echoes())
+
+
+def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
+    """Or what is typed at once would show, and be dropped as well."""
+    master, slave = pty.openpty()
+    told = []
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            told.append((text, bool(termios.tcgetattr(master)[3] & termios.ECHO)))
+
+    monkeypatch.setattr(program.sys, "stderr", Recorder())
+    with open(slave, "rb", buffering=0) as stream, program.no_echo(stream):
+        pass
+    os.close(master)
+    assert [pair for pair in told if pair[0]] == [("Password: ", False), ("\n", True)]
+
+
+def test_ctrl_d_at_the_question(turn, terminal):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    term = terminal("-", here.config)
+    asked(term)
+    term.type("\x04")
+    term.until(lambda: any("ERROR" in row for row in term.rows))
+    assert term.echoes()
+    assert term.end() == 3
+    (error,) = [row for row in term.rows if "ERROR" in row]
+    assert LINE.match(error).group(1) == "ERROR - no password was given on standard input"
+    assert b"Traceback" not in term.raw
+    assert not here.sim.calls()
+
+
+def test_a_password_beyond_ascii_is_typed_where_the_locale_is_none(turn, terminal, tmp_path):
+    password = "Gr\u00fcn3s H\u00e4uschen \u6771\u4eac \U0001f418"
+    here = turn(Pool(password=password))
+    here.sim.add_vm({"name": "web"})
+    here.configure("vm-export=web")
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in ([here.config, "preview"], ["create-password-file=%s" % (tmp_path / "pass")]):
+        term = terminal("-", *words, env=env)
+        asked(term)
+        term.type(password + "\n")
+        assert term.end() == 0, term.rows
+        assert password.encode("utf-8") not in term.raw
+    assert terminal(tmp_path / "pass", here.config, "preview", env=env).end() == 0
 
 
 # --- progress -------------------------------------------------------------------------------------
 
 def test_progress_rewrites_itself_and_leaves_log_lines_whole(turn, terminal):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=db", "parallel=2")
     let_web, let_db = gate(here, "web"), gate(here, "db")
     term = terminal(here.sim.password, here.config)
-    both = "|".join(["%s  \\|  %s" % (FIGURES, FIGURES)] * 2) % ("web", "db", "db", "web")
+    both = "|".join(["%s  \\|  %s" % (SHORT, SHORT)] * 2) % ("web", "db", "db", "web")
     term.until(lambda: re.match("(%s)\\Z" % both, term.row))
     shown, rows = len(term.erased), len(term.rows)
     term.until(lambda: len(term.erased) >= shown + 2)
@@ -58,12 +357,12 @@ def test_progress_rewrites_itself_and_leaves_log_lines_whole(turn, terminal):
 
 
 def test_progress_at_the_terminal_and_the_log_in_a_file(turn, terminal, tmp_path):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=gone")
     let_on = gate(here, "web")
     with (tmp_path / "log").open("wb") as log:
         term = terminal(here.sim.password, here.config, stdout=log)
-        term.until(lambda: "web: 2 of about 4 MiB" in term.row)
+        term.until(lambda: " web  2.0 MiB of about 4.0 MiB (50 %)" in term.row)
         let_on()
         assert term.end() == 2
     assert (term.rows, term.row) == ([], "")
@@ -73,45 +372,82 @@ def test_progress_at_the_terminal_and_the_log_in_a_file(turn, terminal, tmp_path
     assert "vm-export gone - ***ERROR***" in log
 
 
-@pytest.mark.parametrize("columns, in_a_file", [(40, False), (30, True)])
+@pytest.mark.parametrize("columns, in_a_file, shown", [
+    (80, False, SHORT + r"  \|  " + SHORT), (50, True, LABEL + r"50 %%  \|  " + LABEL + "50 %%"),
+    (24, False, r"%s 50 %%  \|  %s 50 %%"), (18, False, r"%s 50 %%  \|  \+1")])
 def test_progress_is_not_longer_than_the_terminal_is_wide(turn, terminal, tmp_path, columns,
-                                                          in_a_file):
+                                                          in_a_file, shown):
     """Whether standard output, of which Python would tell the width, is that terminal or not."""
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=db", "parallel=2")
     lets = gate(here, "web"), gate(here, "db")
+    either = [shown % pair[:shown.count("%s")] for pair in (("web", "db"), ("db", "web"))]
     with (tmp_path / "log").open("wb") as log:
         term = terminal(here.sim.password, here.config, columns=columns,
                         stdout=log if in_a_file else None)
-        term.until(lambda: re.match("web: 2 of|db: 2 of", term.row))
+        term.until(lambda: any(re.match(one + r"\Z", term.row) for one in either))
         term.until(lambda: len(term.erased) >= 2)
-        assert max(map(len, term.erased)) == columns - 1, "the columns that there are are used"
+        assert max(map(len, term.erased)) < columns
         for let in lets:
             let()
         assert term.end() == 0
 
 
+def test_many_exports_share_one_line_of_80_columns(turn, terminal):
+    """Each is told as far as there is room, and how many more there are."""
+    pool = Pool()
+    names = ["application-server-number-%d" % number for number in range(8)]
+    for name in names:
+        pool.vm(name, disks=[disk(4 * MIB, seed=name)])
+    here = turn(pool)
+    here.configure("vm-export=.*", "parallel=8")
+    lets = [gate(here, name) for name in names]
+    term = terminal(here.sim.password, here.config, columns=80)
+    shown = r"(\S+\u2026\S+ 50 %  \|  ){3,}\+\d\Z"
+    term.until(lambda: re.match(shown, term.row))
+    assert len(term.row) < 80
+    for let in lets:
+        let()
+    assert term.end() == 0
+
+
+def test_a_silent_host_and_a_snapshot_under_way_are_shown_as_such(turn, terminal, tmp_path):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    set_clock(tmp_path, 0)
+    here.sim.fault("snapshot_slow", seconds=4)
+    let_on = gate(here, "web")
+    term = terminal(here.sim.password, here.config, jump=tmp_path / "jump")
+    term.until(lambda: re.match(LABEL % "web" + r"snapshot, \d s\Z", term.row))
+    term.until(lambda: re.match(FIGURES % "web" + r"\Z", term.row))
+    set_clock(tmp_path, 400)
+    silent = (LABEL + FAR + r"host silent for 6 min \d+ s\Z") % "web"
+    term.until(lambda: re.match(silent, term.row))
+    let_on()
+    assert term.end() == 0
+
+
 def test_what_is_to_expect_follows_the_tasks_progress(turn, terminal):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web")
     let_on = gate(here, "web")
     term = terminal(here.sim.password, here.config, constants=TICKS)
-    term.until(lambda: "web: 2 of about 4 MiB" in term.row)
+    term.until(lambda: " web  2.0 MiB of about 4.0 MiB (50 %)" in term.row)
     (task,) = [ref for ref, record in here.sim.tasks().items()
-               if record["name_label"] == "vmbackup: web"]
+               if record["name_label"] == "vmbackup: [1/1] web"]
     here.sim.set("task", task, "progress", 0.25)
-    term.until(lambda: "web: 2 of about 8 MiB" in term.row)
+    term.until(lambda: " web  2.0 MiB of about 8.0 MiB (25 %)" in term.row)
     let_on()
     assert term.end() == 0
 
 
 def test_ctrl_c_in_an_export(turn, terminal):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "compress=zstd")
     here.sim.setting(progress_interval=0.05)
     here.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
     term = terminal(here.sim.password, here.config)
-    term.until(lambda: "web: 1 of about 4 MiB" in term.row)
+    term.until(lambda: " web  1.0 MiB of about 4.0 MiB (25 %)" in term.row)
     term.type("\x03")
     here.sim.clear_faults()
     assert term.end() == 130
@@ -122,12 +458,12 @@ def test_ctrl_c_in_an_export(turn, terminal):
 
 
 def test_the_terminal_is_closed_in_an_export(turn, terminal):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web")
     here.sim.setting(progress_interval=0.05)
     here.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
     term = terminal(here.sim.password, here.config)
-    term.until(lambda: "web: 1 of about 4 MiB" in term.row)
+    term.until(lambda: " web  1.0 MiB of about 4.0 MiB (25 %)" in term.row)
     term.hang_up()
     here.sim.clear_faults()
     assert term.process.wait(60) == 128 + signal.SIGHUP
@@ -154,7 +490,7 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
     here.configure("exclude=nobody", "exclude=no.?body")
     config = here.config.read_text()
     lets = [gate(here, vm) for vm in QUIET]
-    set_clock(tmp_path / "jump", 0)
+    set_clock(tmp_path, 0)
     terms = {}
     for number, (vm, options) in enumerate(QUIET.items()):
         path = tmp_path / ("%d.cfg" % number)
@@ -166,11 +502,11 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
         for file in given.values():
             file.close()
     for vm in QUIET:
-        wait_until(lambda vm=vm: ticks(here, vm) >= 3)
-    set_clock(tmp_path / "jump", 600)
+        until(lambda vm=vm: ticks(here, vm) >= 3)
+    set_clock(tmp_path, 600)
     there = {vm: ticks(here, vm) for vm in QUIET}
     for vm in QUIET:
-        wait_until(lambda vm=vm: ticks(here, vm) >= there[vm] + 2)
+        until(lambda vm=vm: ticks(here, vm) >= there[vm] + 2)
     for let in lets:
         let()
     for number, (vm, term) in enumerate(terms.items()):
@@ -186,33 +522,34 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
             assert b"\x1b" not in text, vm
         assert b"\r" not in text.replace(b"\r\n", b""), vm
         # What is no terminal gets a plain line after some minutes, and a terminal never.
-        assert text.count(b" left\r\n") + text.count(b" left\n") == ("stderr" in written), vm
+        assert text.count(b" of about ") == ("stderr" in written), vm
 
 
 def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web")
     let_on = gate(here, "web")
 
     def told():
-        return [line for line in (tmp_path / "log").read_text().splitlines() if " left" in line]
+        lines = (tmp_path / "log").read_text().splitlines()
+        return [line for line in lines if " of about " in line]
 
-    set_clock(tmp_path / "jump", 0)
+    set_clock(tmp_path, 0)
     log, err = (tmp_path / "log").open("wb"), (tmp_path / "err").open("wb")
     with log, err:
         process = start([here.sim.password, here.config], subprocess.DEVNULL, log, err,
                         jump=tmp_path / "jump", constants=TICKS)
     try:
         wait_for_ticks(here, "web", 2)
-        set_clock(tmp_path / "jump", 55)
+        set_clock(tmp_path, 55)
         wait_for_ticks(here, "web", 2)
         assert told() == []
-        set_clock(tmp_path / "jump", 600)
-        wait_until(lambda: len(told()) == 1)
+        set_clock(tmp_path, 600)
+        until(lambda: len(told()) == 1)
         wait_for_ticks(here, "web", 2)
         assert len(told()) == 1
-        set_clock(tmp_path / "jump", 1200)
-        wait_until(lambda: len(told()) == 2)
+        set_clock(tmp_path, 1200)
+        until(lambda: len(told()) == 2)
         let_on()
         assert process.wait(60) == 0
     finally:
@@ -221,7 +558,8 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
     assert (tmp_path / "err").read_bytes() == b""
     assert len(told()) == 2
     for line in told():
-        assert re.match("progress " + FIGURES % "web", LINE.match(line).group(1)), line
+        told_of = LINE.match(line).group(1)
+        assert re.match("progress " + (LABEL + FAR) % "web" + "host silent for ", told_of), line
     assert b"\r" not in (tmp_path / "log").read_bytes()
     assert b"\x1b" not in (tmp_path / "log").read_bytes()
 
@@ -230,7 +568,7 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
 
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": ""}])  # an empty one does not count
 def test_errors_and_warnings_alone_are_coloured(turn, terminal, env):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=gone", "exclude=nobody")
     here.sim.fault("vm_destroy_error", vm="web")
     term = terminal(here.sim.password, here.config, columns=200, env=env)
@@ -240,7 +578,8 @@ def test_errors_and_warnings_alone_are_coloured(turn, terminal, env):
     for row, runs in zip(term.rows, term.colours):
         assert len(runs) == 1, "a line of two colours: %s" % row
         colour = {"31": "ERROR", "33": "WARNING"}.get(runs[0][0], runs[0][0])
-        assert colour == ("ERROR" if "ERROR" in row else "WARNING" if "WARNING" in row else ""), row
+        bad, odd = re.search("ERROR|  FAILED ", row), re.search("WARNING|  warning ", row)
+        assert colour == ("ERROR" if bad else "WARNING" if odd else ""), row
         seen.add(colour)
     assert seen == {"ERROR", "WARNING", ""}
     assert not term._colour, "the terminal stays coloured"
@@ -248,7 +587,7 @@ def test_errors_and_warnings_alone_are_coloured(turn, terminal, env):
 
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": None}])
 def test_no_colour_where_none_is_wanted(turn, terminal, env):
-    here = turn(pool_of("web", "db", size=4 * MIB))
+    here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=gone", "exclude=nobody")
     term = terminal(here.sim.password, here.config, "preview", env=env)
     assert term.end() == 2

@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a run leaves to read: the log, the status log, the exit status, report_json, in UTF-8."""
+import calendar
+import hashlib
 import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import SCRIPT, finish, vmbackup
-from support.world import SERVER, pool_of
 
 import vmbackup as program
 
 STAMP = r"\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - "
+SERVER = socket.gethostname().split(".")[0]
 # What cron gives, on a Python that must not make UTF-8 of it by itself.
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
          "PYTHONCOERCECLOCALE": "0"}
+
+
+def three_vms():
+    pool = Pool()
+    for name in ("web", "db", "old"):
+        pool.vm(name, power_state="Running", disks=[disk(MIB, seed=name)])
+    return pool
 
 
 def status_lines(here):
@@ -32,7 +43,7 @@ def status_lines(here):
 
 
 def test_a_good_run_in_log_and_status_log(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.configure("vm-export=web", "vdi-export=db", "exclude=old")
     result = here.run()
     assert (result.status, result.err) == (0, "")
@@ -57,7 +68,7 @@ def test_a_good_run_in_log_and_status_log(turn):
 
 
 def test_space_is_told_before_the_first_and_after_the_last(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.configure("vm-export=web")
     lines = here.run().lines
     space = [line for line in lines if line.startswith("Space ")]
@@ -99,7 +110,7 @@ def test_space_is_told_before_the_first_and_after_the_last(turn):
      ["vdi-export,SERVER,end,VDI-EXPORT-FAIL web"]),
 ])
 def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     if prepare:
         here.sim.fault(prepare[0], **prepare[1])
     here.configure(*lines)
@@ -114,8 +125,21 @@ def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
     assert set(logged) <= set(found), found
 
 
+def test_a_duplicate_name_fails_alone(turn):
+    pool = three_vms()
+    pool.vm("web", power_state="Running", disks=[disk(MIB)])
+    here = turn(pool)
+    here.configure("vm-export=.*")
+    result = here.run()
+    assert result.status == 2, result
+    assert "*** ERROR: duplicate VM name found: web" in result.lines
+    assert result.lines[-1] == "VmBackup ended - **ERRORS DETECTED** - S:2 W:0 E:1"
+    assert len(here.folders("db")) == len(here.folders("old")) == 1
+    assert not here.folders("web", marked=False)
+
+
 def test_only_a_run_with_a_config_file_writes_the_status_log(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     result = vmbackup(here.sim.password, "web", "host=" + here.sim.url,
                       "backup_dir=%s" % here.backups, "status_log=%s" % here.status_log)
     assert result.status == 0, result
@@ -123,7 +147,7 @@ def test_only_a_run_with_a_config_file_writes_the_status_log(turn):
 
 
 def test_the_status_log_is_appended_to_and_monitors_may_read_it(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.configure("vm-export=web")
     here.run()
     assert stat.S_IMODE(here.status_log.stat().st_mode) == 0o644
@@ -135,12 +159,118 @@ def test_the_status_log_is_appended_to_and_monitors_may_read_it(turn):
     assert stat.S_IMODE(here.status_log.stat().st_mode) == 0o640
 
 
-def test_a_run_that_never_started_has_no_status_lines(turn):
-    here = turn(pool_of("web", "db", "old"))
+def test_a_run_that_never_started_says_so_in_the_status_log(turn):
+    here = turn(three_vms())
     here.configure("vm-export=web")
-    result = vmbackup("wrong", here.config)
-    assert result.status == 3
-    assert not here.status_log.exists()
+    assert vmbackup("wrong", here.config).status == 3
+    begin, end = status_lines(here)
+    assert begin == "vmbackup.py,SERVER,begin"
+    assert end.startswith("vmbackup.py,SERVER,end,ERROR,")
+    assert "wrong user name or password" in end
+
+
+def table_of(result):
+    """The rows of the table before `VmBackup ended`, the heads first, the totals last."""
+    (end,) = [number for number, line in enumerate(result.lines)
+              if line.startswith("VmBackup ended - ")]
+    begin = max(number for number, line in enumerate(result.lines[:end])
+                if re.match("VM +result +size +time +rate +note$", line))
+    return result.lines[begin:end]
+
+
+def test_the_table_tells_what_failed_first(turn):
+    pool = three_vms()
+    pool.vm("app server", disks=[disk(MIB)])
+    here = turn(pool)
+    here.sim.fault("snapshot_error", vm="db")
+    here.sim.fault("vm_destroy_error", vm="old")
+    here.configure("vm-export=.*", "vm-export=gone", "pool_db_backup=1", "max_backups=1")
+    assert here.run("only=web").status == 0
+    result = here.run()
+    assert result.status == 2, result
+    rows = table_of(result)
+    assert max(map(len, rows)) <= 100
+    assert [re.match(r"(app server|pool database|\S+) +([a-zA-Z]*)", row).groups()
+            for row in rows[1:-1]] == [
+        ("db", "FAILED"), ("gone", "FAILED"), ("old", "warning"), ("app server", "ok"),
+        ("pool database", "ok"), ("web", "ok")]
+    (reason,) = [line.partition("***ERROR*** ")[2] for line in result.lines
+                 if " db - ***ERROR*** " in line]
+    note = re.sub("^db +FAILED +", "", rows[1])
+    assert note == reason or (note.endswith("\u2026") and reason.startswith(note[:-1]))
+    assert re.search(r"\d MiB +\d+ s +\d+(\.\d)? MB/s +deleted \d{4}-\d\d-\d\d", rows[-2])
+    assert re.match(r"total +\d+\.\d MiB +\d+ s +\d+(\.\d)? MB/s +\S+ GiB left; 2 failed: db,"
+                    r" gone\Z", rows[-1])
+
+
+def test_a_reason_of_any_length_and_a_long_name_keep_the_table_in_shape(turn):
+    """The reason is cut, the name never."""
+    name = "a name as long as some people make them, %s" % ("x" * 60)
+    pool = Pool()
+    pool.vm(name, disks=[disk(MIB)])
+    pool.vm("web", power_state="Running", disks=[disk(MIB)])
+    here = turn(pool)
+    here.sim.fault("snapshot_error", vm="web", error_info=["SR_BACKEND_FAILURE_44", "x" * 500])
+    here.configure("vm-export=web")
+    rows = table_of(here.run())
+    assert len(rows[1]) == 100 and rows[1].endswith("x\u2026")
+    here.configure("vm-export=.*")
+    rows = table_of(here.run())
+    assert rows[2].startswith(name + "  ok ")
+    assert max(map(len, rows)) < len(name) + 80
+
+
+def test_fifty_vms_of_which_three_failed(turn):
+    """What failed, and why, stands right below the heads, and all that is well behind it."""
+    pool = Pool()
+    for number in range(50):
+        pool.vm("vm%02d" % number, power_state="Running", disks=[disk(4096)])
+    here = turn(pool)
+    bad = ["vm07", "vm23", "vm41"]
+    for vm in bad:
+        here.sim.fault("snapshot_error", vm=vm)
+    here.configure("vm-export=.*", "parallel=4", "space_check=False")
+    rows = table_of(here.run())
+    assert [row.split()[:2] for row in rows[1:4]] == [[vm, "FAILED"] for vm in bad]
+    assert all("SR_BACKEND_FAILURE_44" in row for row in rows[1:4])
+    assert [row.split()[0] for row in rows[4:-1]] == sorted(
+        "vm%02d" % number for number in range(50) if "vm%02d" % number not in bad)
+    assert rows[-1].endswith("left; 3 failed: vm07, vm23, vm41")
+
+
+HOSTILE = ["two\nlines", "tab\t\x7f\x85", "a,b", "\u202egnp.exe", "-rf", "..", ".hidden", "A", "a",
+           "$(id);`id`", "per%cent", "sl/ash", "success", "'\"", "é" * 150, "Büro 東京 🐘"]
+
+
+def test_no_name_breaks_a_line_or_leaves_the_folder(turn):
+    """Names that would forge lines, hide, or lead elsewhere: one line, one folder for each."""
+    pool = Pool()
+    for name in HOSTILE:
+        pool.vm(name, disks=[disk(MIB, name)])
+    here = turn(pool)
+    here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
+    before = set(os.listdir(str(here.path)))
+    result = here.run(env=ASCII)
+    assert result.status == 0, result
+    assert all(re.match(STAMP, line) for line in result.out.split("\n")[:-1])
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", result.out)
+    good = [line for line in result.lines if line.endswith("***Success*** t:0")]
+    assert len(good) == len(HOSTILE)
+    assert len(status_lines(here)) == 2 + 2 * len(HOSTILE)
+    made = {name for name in os.listdir(os.fsencode(str(here.backups)))
+            if os.path.isdir(os.path.join(os.fsencode(str(here.backups)), name))}
+    wanted = {program.folder_name(name).encode("utf-8") for name in HOSTILE}
+    assert wanted <= made
+    assert not {name for name in made - wanted if not name.startswith(b".")}
+    assert set(os.listdir(str(here.path))) - before == {"status.log", "report.json"}
+    report = json.loads((here.path / "report.json").read_bytes().decode("utf-8"))
+    assert {vm["name"] for vm in report["vms"]} == set(HOSTILE)
+    for vm in report["vms"]:
+        folder = vm["folder"].encode("utf-8")
+        assert os.path.dirname(os.path.dirname(folder)) == os.fsencode(str(here.backups))
+        assert os.path.isfile(os.path.join(folder, vm["file"].encode("utf-8")))
+        subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+    here.assert_pool_is_clean()
 
 
 @pytest.mark.parametrize("env", [ASCII, {}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "LANG": "C"}])
@@ -184,32 +314,102 @@ def test_everything_is_utf8_whatever_the_locale(turn, tmp_path, env):
 
 
 def test_report_json(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.sim.fault("snapshot_error", vm="db")
     report = here.path / "report.json"
-    report.write_text("the last one")
+    report.write_text('{"the last": 1}')
     inode = report.stat().st_ino
-    here.configure("vm-export=web", "vm-export=db", "exclude=nobody", "report_json=%s" % report)
+    here.configure("vm-export=web", "vm-export=db", "exclude=nobody", "pool_db_backup=1",
+                   "report_json=%s" % report)
+    begin = time.time()
     result = here.run()
+    end = time.time()
     assert result.status == 2, result
     told = json.loads(report.read_text(encoding="utf-8"))
     assert report.stat().st_ino != inode, "not replaced but written over"
-    assert (told["status"], told["exit_status"]) == ("ERROR", 2)
-    assert told["counts"] == {"success": 1, "warning": 0, "error": 1}
+    assert stat.S_IMODE(report.stat().st_mode) == 0o644
+    assert set(told) == {
+        "version", "server", "host", "pool", "start", "end", "seconds", "status", "exit_status",
+        "error", "counts", "bytes", "warnings", "not_in_backup", "pool_database", "vms"}
+    assert (told["status"], told["exit_status"], told["error"]) == ("ERROR", 2, None)
+    assert told["counts"] == {"success": 1, "warning": 0, "error": 1, "skipped": 0}
     assert (told["pool"], told["server"], told["version"]) == ("pool", SERVER, program.__version__)
+    assert told["host"] == here.sim.url[len("https://"):]
     assert told["warnings"] == ["***WARNING - vm(s) Exclude does not exist: nobody"]
+    assert told["not_in_backup"] == ["old"]
+    moments = [moment_of(told[key]) for key in ("start", "end")]
+    assert begin - 1 < moments[0] <= moments[1] < end + 1
+    assert abs(moments[1] - moments[0] - told["seconds"]) < 0.1
     web, db = sorted(told["vms"], key=lambda vm: vm["name"], reverse=True)
+    for item in (web, db, told["pool_database"]):
+        assert set(item) == {
+            "name", "uuid", "kind", "status", "folder", "file", "sha256", "bytes", "seconds",
+            "transfer_seconds", "mb_per_second", "attempts", "checks", "warnings", "error",
+            "pruned"}
     (folder,) = here.folders("web")
     assert (web["status"], web["error"], web["file"]) == ("SUCCESS", None, "web.xva")
+    assert (web["kind"], web["attempts"], web["pruned"]) == ("vm-export", 1, [])
     assert web["folder"] == str(folder)
-    assert web["bytes"] == (folder / "web.xva").stat().st_size
+    assert web["bytes"] == told["bytes"] == (folder / "web.xva").stat().st_size
+    assert web["sha256"] == hashlib.sha256((folder / "web.xva").read_bytes()).hexdigest()
     assert web["uuid"] == here.sim.record("VM", "web")["uuid"]
+    assert 0 < web["transfer_seconds"] <= web["seconds"] <= told["seconds"]
+    rate = web["bytes"] / 1e6 / web["transfer_seconds"]
+    assert abs(web["mb_per_second"] - rate) < 0.1 + rate / 50
     assert web["checks"]
     assert (db["status"], db["folder"], db["bytes"]) == ("ERROR", None, 0)
     assert db["error"] in [line.partition("***ERROR*** ")[2] for line in result.lines]
+    dump = told["pool_database"]
+    assert (dump["kind"], dump["status"]) == ("pool-db", "SUCCESS")
+    assert os.path.getsize(os.path.join(dump["folder"], dump["file"])) == dump["bytes"]
     assert here.sim.password not in report.read_text(encoding="utf-8")
     assert [item.name for item in here.path.iterdir() if item.name.startswith("report")] == [
         "report.json"]
+
+
+def moment_of(text):
+    """Seconds since 1970 of a time in ISO 8601 with its zone (3.6 has no fromisoformat)."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{6})?([+-])(\d\d):(\d\d)\Z", text)
+    base = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    zone = int(match.group(4)) * 3600 + int(match.group(5)) * 60
+    return base + float(match.group(2) or 0) - (zone if match.group(3) == "+" else -zone)
+
+
+def test_the_times_of_report_json_bear_their_zone(turn):
+    here = turn(three_vms())
+    here.configure("vm-export=web", "report_json=%s/report.json" % here.path)
+    begin = time.time()
+    assert here.run(env={"TZ": "Asia/Kolkata"}).status == 0
+    told = json.loads((here.path / "report.json").read_text(encoding="utf-8"))
+    assert told["start"].endswith("+05:30") and told["end"].endswith("+05:30")
+    assert begin - 1 < moment_of(told["start"]) < time.time()
+
+
+def test_a_path_that_is_no_utf8_comes_back_from_report_json(turn):
+    """The report is UTF-8 all the same; Python's json gives the path's bytes again."""
+    here = turn(three_vms())
+    top = os.fsencode(str(here.path)) + b"/Gr\xf6\xdfe"
+    os.mkdir(top)
+    report = here.path / "report.json"
+    words = [sys.executable, str(SCRIPT), here.sim.password, "web", "host=" + here.sim.url,
+             b"backup_dir=" + top, "report_json=%s" % report]
+    done = subprocess.run([os.fsencode(word) for word in words], stdout=subprocess.PIPE,
+                          env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0, done.stdout
+    (web,) = json.loads(report.read_bytes().decode("utf-8"))["vms"]
+    folder = web["folder"].encode("utf-8", "surrogateescape")
+    assert folder.startswith(top + b"/web/")
+    assert os.path.exists(os.path.join(folder, b"web.xva"))
+
+
+def test_report_json_of_a_run_that_did_not_start(turn):
+    here = turn(three_vms())
+    report = here.path / "report.json"
+    here.configure("vm-export=web", "report_json=%s" % report)
+    assert vmbackup("wrong", here.config).status == 3
+    told = json.loads(report.read_text(encoding="utf-8"))
+    assert (told["status"], told["exit_status"], told["vms"]) == ("ERROR", 3, [])
+    assert "wrong user name or password" in told["error"]
 
 
 def node(path, kind, minor=0):
@@ -239,7 +439,7 @@ def kind_and_bytes(path):
     ("config_file", "tls_ca=/nonexistent")])
 def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
     """And what is there stays there, whatever else was wrong before that."""
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     (here.path / "pass").write_bytes(b"c2VjcmV0")
     (here.path / "ca.pem").write_text(Path(here.sim.certificate).read_text())
     here.status_log.write_text("an older line\n")
@@ -253,40 +453,62 @@ def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
         path.symlink_to(here.config)
     here.configure("vm-export=web", "report_json=%s" % path, "tls_ca=%s/ca.pem" % here.path,
                    "smtp_password_file=%s/pass" % here.path, more or "# nothing more")
-    before = {item: kind_and_bytes(item) for item in here.path.iterdir() if item != here.backups}
+    others = (here.backups, here.status_log)
+    before = {item: kind_and_bytes(item) for item in here.path.iterdir() if item not in others}
     result = here.run()
     assert result.status == 3, result
-    (line,) = [line for line in result.lines if "ERROR" in line]
-    assert more or "report_json=%s" % path in line
+    lines = [line for line in result.lines if "ERROR" in line]
+    assert more or "report_json=%s" % path in lines[0]
     assert {item: kind_and_bytes(item) for item in here.path.iterdir()
-            if item != here.backups} == before
+            if item not in others} == before
+    assert here.status_log.read_text().startswith("an older line\n")
     assert not here.sim.calls()
 
 
-def test_report_json_that_is_to_be_the_status_log_is_refused_before_there_is_one(turn):
-    here = turn(pool_of("web", "db", "old"))
+def test_one_file_cannot_be_report_json_and_status_log(turn):
+    here = turn(three_vms())
     here.configure("vm-export=web", "report_json=%s" % here.status_log)
     result = here.run()
     assert result.status == 3, result
-    assert not here.status_log.exists()
+    assert result.has("=%s: " % here.status_log)
+    assert not here.sim.calls()
 
 
-def test_report_json_at_the_end_of_a_link(turn):
-    here = turn(pool_of("web", "db", "old"))
+def test_a_link_that_bears_the_name_of_report_json_is_replaced(turn):
+    """Or whoever may write there would lead root to any file."""
+    here = turn(three_vms())
     (here.path / "share").mkdir()
-    link, target = here.path / "report.json", here.path / "share" / "vmbackup.json"
-    link.symlink_to("share/vmbackup.json")
-    here.configure("vm-export=web", "report_json=%s" % link)
-    for _ in range(2):  # one that is not there yet, and one that is
+    link, target = here.path / "report.json", here.path / "share" / "precious.json"
+    for content in (None, '{"precious": 1}'):
+        if content:
+            target.write_text(content)
+        link.symlink_to("share/precious.json")
+        here.configure("vm-export=web", "report_json=%s" % link)
         assert here.run().status == 0
-        assert os.readlink(str(link)) == "share/vmbackup.json"
-        assert json.loads(target.read_text(encoding="utf-8"))["status"] == "SUCCESS"
-        assert os.listdir(str(target.parent)) == ["vmbackup.json"]
-        target.write_text("the last one")
+        assert not link.is_symlink()
+        assert json.loads(link.read_text(encoding="utf-8"))["status"] == "SUCCESS"
+        assert (target.read_text() if content else target.exists()) == (content or False)
+        link.unlink()
+
+
+@pytest.mark.parametrize("key, name, content", [
+    ("report_json", "notes", "what I wrote"), ("report_json", "list.json", "[1]"),
+    ("metrics_file", "node.prom", "# HELP other_metric x\n# TYPE other_metric gauge\n"
+                                  "other_metric 1\n"),
+    ("metrics_file", "notes.prom", "what I wrote")])
+def test_a_file_that_is_no_report_is_not_replaced(turn, key, name, content):
+    here = turn(three_vms())
+    (here.path / name).write_text(content)
+    here.configure("vm-export=web", "%s=%s/%s" % (key, here.path, name))
+    result = here.run()
+    assert result.status == 3, result
+    assert result.has("%s=%s/%s" % (key, here.path, name))
+    assert (here.path / name).read_text() == content
+    assert not here.sim.calls()
 
 
 def test_one_vm_at_a_time_has_its_begin_and_end_side_by_side(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.sim.fault("snapshot_error", vm="db")
     here.sim.fault("vm_destroy_error", vm="old")
     here.sim.add_vm({"name": "app", "disks": [disk(MIB)]})
@@ -313,7 +535,7 @@ def warned_of_status_log(result):
 
 
 def test_a_status_log_on_a_full_disk_is_one_warning(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.status_log = node(here.path / "full", stat.S_IFCHR, FULL)
     here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
     line = warned_of_status_log(here.run())
@@ -323,7 +545,7 @@ def test_a_status_log_on_a_full_disk_is_one_warning(turn):
 
 
 def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.status_log = here.path / "log" / "status.log"
     here.status_log.parent.mkdir()
     here.configure("vm-export=.*")
@@ -340,7 +562,7 @@ def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
 
 
 def test_a_status_log_that_nobody_wants_is_no_warning(turn):
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.status_log = node(here.path / "null", stat.S_IFCHR, NULL)
     here.configure("vm-export=web")
     before = kind_and_bytes(here.status_log)
@@ -352,7 +574,7 @@ def test_a_status_log_that_nobody_wants_is_no_warning(turn):
 
 def test_a_reader_that_went_away_stops_no_backup(turn):
     """The log goes into a pipe whose reader has ended, as in `vmbackup.py ... | head`."""
-    here = turn(pool_of("web", "db", "old"))
+    here = turn(three_vms())
     here.configure("vm-export=web")
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -361,24 +583,3 @@ def test_a_reader_that_went_away_stops_no_backup(turn):
     os.close(write_end)
     assert done.returncode == 0, done.stderr
     assert len(here.folders("web")) == 1
-
-
-@pytest.mark.parametrize("lines, words, reason", [
-    ([], ["backup_dir=/nonexistent"], "backup_dir does not exist: /nonexistent"),
-    (["backup_dir=/nonexistent"], [], "backup_dir does not exist: /nonexistent"),
-    (["status_log=/nonexistent/log"], [], "status_log=/nonexistent/log"),
-    (["tls_ca=/nonexistent.pem"], [], "tls_ca=/nonexistent.pem"),
-    (["username=nobody"], [], "wrong user name or password for nobody"),
-])
-def test_report_json_tells_why_nothing_was_started(turn, lines, words, reason):
-    here = turn(pool_of("web", "db", "old"))
-    path = here.path / "report.json"
-    here.configure("vm-export=web", "report_json=%s" % path, *lines)
-    result = here.run(*words)
-    assert result.status == 3, result
-    assert result.has(reason)
-    report = json.loads(path.read_text(encoding="utf-8"))
-    assert (report["status"], report["exit_status"], report["vms"]) == ("ERROR", 3, [])
-    assert report["counts"] == {"success": 0, "warning": 0, "error": 0}
-    assert reason in report["error"]
-    assert "ERROR" in result.lines[-1]
