@@ -98,7 +98,8 @@ def test_help_of_what_is_not_there(refused, word, near):
 @pytest.mark.parametrize("words, missing", [
     ((), "<password>"), ((), "<config-file|vm-selector>"), (("-",), "<config-file|vm-selector>"),
     (("secret",), "<config-file|vm-selector>"), (("local",), "<config-file|vm-selector>"),
-    (("a.cfg",), "<password>"), (("--dry-run",), "<password>"), (("verfiy",), "did you mean verify?"),
+    (("a.cfg",), "<password>"), (("--dry-run",), "<password>"),
+    (("create-password-file=x",), "<password>"), (("verfiy",), "did you mean verify?"),
     (("confg",), "did you mean config?"),
 ])
 def test_too_few_words_show_the_usage_and_what_is_missing(tmp_path, words, missing):
@@ -193,7 +194,7 @@ def test_a_keep_count_has_no_upper_end(sim, tmp_path, keep):
     assert result.has("  vm-export: web:" + keep)
     result = vmbackup(PASSWORD, "web:" + keep, "preview", "host=" + sim.url,
                       "backup_dir=%s" % tmp_path)
-    assert result.has("web: has 1 backups, keeps %s, would delete none" % keep)
+    assert result.has("1/%s" % keep)
 
 
 def test_words_left_of_the_equals_sign_have_no_case(sim, tmp_path):
