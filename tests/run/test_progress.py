@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import LINE
-from support.terminal import assert_log, set_clock, start
-from support.world import pool_of, wait_until
+from support.terminal import assert_log, start
+from support.world import pool_of, set_clock, wait_until
 
 FIGURES = r"%s: 2 of about 4 MiB, \d+ MB/s, \d+:\d\d left"
 TICKS = {"SILENCE": 0.1}  # the host is asked at each tick of the watch: so a test can count them
@@ -154,7 +154,7 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
     here.configure("exclude=nobody", "exclude=no.?body")
     config = here.config.read_text()
     lets = [gate(here, vm) for vm in QUIET]
-    set_clock(tmp_path, 0)
+    set_clock(tmp_path / "jump", 0)
     terms = {}
     for number, (vm, options) in enumerate(QUIET.items()):
         path = tmp_path / ("%d.cfg" % number)
@@ -167,7 +167,7 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
             file.close()
     for vm in QUIET:
         wait_until(lambda vm=vm: ticks(here, vm) >= 3)
-    set_clock(tmp_path, 600)
+    set_clock(tmp_path / "jump", 600)
     there = {vm: ticks(here, vm) for vm in QUIET}
     for vm in QUIET:
         wait_until(lambda vm=vm: ticks(here, vm) >= there[vm] + 2)
@@ -197,21 +197,21 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
     def told():
         return [line for line in (tmp_path / "log").read_text().splitlines() if " left" in line]
 
-    set_clock(tmp_path, 0)
+    set_clock(tmp_path / "jump", 0)
     log, err = (tmp_path / "log").open("wb"), (tmp_path / "err").open("wb")
     with log, err:
         process = start([here.sim.password, here.config], subprocess.DEVNULL, log, err,
                         jump=tmp_path / "jump", constants=TICKS)
     try:
         wait_for_ticks(here, "web", 2)
-        set_clock(tmp_path, 55)
+        set_clock(tmp_path / "jump", 55)
         wait_for_ticks(here, "web", 2)
         assert told() == []
-        set_clock(tmp_path, 600)
+        set_clock(tmp_path / "jump", 600)
         wait_until(lambda: len(told()) == 1)
         wait_for_ticks(here, "web", 2)
         assert len(told()) == 1
-        set_clock(tmp_path, 1200)
+        set_clock(tmp_path / "jump", 1200)
         wait_until(lambda: len(told()) == 2)
         let_on()
         assert process.wait(60) == 0

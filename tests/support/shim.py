@@ -13,7 +13,8 @@ whether they name it by its path or by a descriptor of its folder, and by the sa
 
     SHIM_TIME    the time at which the process begins, in seconds since 1970
     SHIM_STANDS  it stays this second all the time
-    SHIM_JUMP    a file with the number of seconds that all clocks are ahead, now or later
+    SHIM_JUMP    a file with the number of seconds that all clocks are ahead, now or later; a wait
+                 for a socket or lock ends when the clock jumps to its end
 """
 import shutil
 import subprocess
@@ -25,12 +26,15 @@ SOURCE = r"""
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -184,6 +188,79 @@ int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, st
         real_until.tv_sec -= jump(clock);
     return real(clock, flags, &real_until, rest);
 }
+
+#define SLICE 50  /* milliseconds: so soon a wait notices that the clock jumped */
+
+int poll(struct pollfd *files, nfds_t count, int timeout)
+{
+    REAL(poll);
+    if (!getenv("SHIM_JUMP") || timeout <= 0)
+        return real(files, count, timeout);
+    int began = jump(CLOCK_MONOTONIC), ready = 0;
+    long left = timeout;
+    while (!ready && left > 0) {
+        ready = real(files, count, left < SLICE ? left : SLICE);
+        left -= SLICE;
+        if ((jump(CLOCK_MONOTONIC) - began) * 1000L >= left)
+            left = 0;
+    }
+    return ready;
+}
+
+/* A wait of so many milliseconds, in slices. `wait` is sem_clockwait or sem_timedwait. */
+static int wait_for(sem_t *semaphore, clockid_t clock, long left,
+                    int (*wait)(sem_t *, clockid_t, const struct timespec *))
+{
+    __typeof__(&clock_gettime) real_time
+        = (__typeof__(&clock_gettime))dlsym(RTLD_NEXT, "clock_gettime");
+    int began = jump(CLOCK_MONOTONIC);
+    for (;;) {
+        long passed = (jump(CLOCK_MONOTONIC) - began) * 1000L;
+        int last = left - passed <= SLICE || !getenv("SHIM_JUMP");
+        long slice = left < passed ? 0 : last ? left - passed : SLICE;
+        struct timespec end;
+        real_time(clock, &end);
+        end.tv_sec += slice / 1000;
+        end.tv_nsec += slice % 1000 * 1000000;
+        if (end.tv_nsec >= 1000000000) {
+            end.tv_sec++;
+            end.tv_nsec -= 1000000000;
+        }
+        int result = wait(semaphore, clock, &end);
+        if (!result || errno != ETIMEDOUT || last)
+            return result;
+        left -= slice;
+    }
+}
+
+static long until_then(const struct timespec *then, struct timespec now)
+{
+    return (then->tv_sec - now.tv_sec) * 1000L + (then->tv_nsec - now.tv_nsec) / 1000000 + 1;
+}
+
+/* Python's locks wait by one of these: by the clock above, or before 3.11 by gettimeofday. */
+int sem_clockwait(sem_t *semaphore, clockid_t clock, const struct timespec *until)
+{
+    REAL(sem_clockwait);
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return wait_for(semaphore, clock, until_then(until, now), real);
+}
+
+static int timed(sem_t *semaphore, clockid_t clock, const struct timespec *until)
+{
+    int (*real)(sem_t *, const struct timespec *)
+        = (int (*)(sem_t *, const struct timespec *))dlsym(RTLD_NEXT, "sem_timedwait");
+    return clock == CLOCK_REALTIME ? real(semaphore, until) : -1;
+}
+
+int sem_timedwait(sem_t *semaphore, const struct timespec *until)
+{
+    struct timeval now;
+    gettimeofday(&now, NULL);
+    struct timespec then = {now.tv_sec, now.tv_usec * 1000};
+    return wait_for(semaphore, CLOCK_REALTIME, until_then(until, then), timed);
+}
 """
 
 
@@ -195,6 +272,6 @@ def shim(tmp_path_factory):
         pytest.skip("no C compiler to build the library with that lets the disk fail")
     folder = tmp_path_factory.mktemp("shim")
     (folder / "shim.c").write_text(SOURCE)
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", "shim.so", "shim.c", "-ldl"],
-                   cwd=str(folder), check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", "shim.so", "shim.c", "-ldl",
+                    "-lpthread"], cwd=str(folder), check=True)
     return folder / "shim.so"

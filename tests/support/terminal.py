@@ -178,12 +178,6 @@ def terminal():
         one.close()
 
 
-def set_clock(folder, seconds):
-    """Puts the clock of the runs with jump=folder/jump so far ahead of the real one."""
-    (folder / "new").write_text(str(seconds))
-    os.rename(str(folder / "new"), str(folder / "jump"))
-
-
 def assert_log(lines):
     """Each is one whole line of the log, nothing of a progress line in it."""
     for line in lines:

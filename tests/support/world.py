@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What many tests need of pools, hosts and backups: each helper once.
 
-The fixtures refused and small_disk come to the tests through conftest.py.
+The fixtures clock, refused and small_disk come to the tests through conftest.py.
 """
 import hashlib
 import io
@@ -29,6 +29,41 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)
+
+
+def set_clock(path, seconds):
+    """Puts the clocks of the runs that read this file (see shim.py) ahead of the real one."""
+    (path.parent / "new").write_text(str(seconds))
+    os.rename(str(path.parent / "new"), str(path))
+
+
+class Clock:
+    """The clock of a run that is started with `env`; nothing but the test moves it on."""
+
+    def __init__(self, shim, path):
+        self.path, self.ahead = path, 0
+        self.env = {"LD_PRELOAD": str(shim), "SHIM_JUMP": str(path)}
+        set_clock(path, 0)
+
+    def go_on(self, seconds=60):
+        self.ahead += seconds
+        set_clock(self.path, self.ahead)
+
+    def go_on_until(self, condition, seconds=60, calls=None):
+        """Moves it on step by step until something happens; with calls(), their number so far, each
+        step waits for another one."""
+        while not condition():
+            before = calls() if calls else 0
+            self.go_on(seconds)
+            if calls:
+                wait_until(lambda before=before: condition() or calls() > before)
+            else:
+                time.sleep(0.1)
+
+
+@pytest.fixture
+def clock(shim, tmp_path):
+    return Clock(shim, tmp_path / "jump")
 
 
 def refused_port():
