@@ -97,21 +97,130 @@ def test_own_max_backups_is_one_or_more(line):
         rules_of(line)
 
 
-@pytest.mark.parametrize("value", ["(", "*a", "[a", "a**", "(?P<x>a)(?P<x>b)", "(?L)a", "(?au)a",
-                                   "a{99999999999999999999}", "(" * 3000 + ")" * 3000])
-@pytest.mark.parametrize("key", ["vm-export", "vdi-export", "exclude"])
-def test_what_does_not_compile_is_named(key, value):
-    """Or, where this Python can compile it, nothing is raised."""
+NO_REGEX = ["(", "*a", "[a", "a**", "(?P<x>a)(?P<x>b)", "(?L)a", "(?au)a",
+            "a{99999999999999999999}", "(" * 3000 + ")" * 3000]
+
+
+def compiles(value):
     try:
         re.compile(value)
     except Exception:
-        with pytest.raises(vmbackup.ConfigError) as caught:
-            rules_of("%s=%s" % (key, value))
-        assert str(caught.value) == "***ERROR - invalid regex: %s=%s" % (key, value)
-    else:
-        rules_of("%s=%s" % (key, value))
+        return False
+    return True
 
 
+@pytest.mark.parametrize("value", NO_REGEX)
+@pytest.mark.parametrize("key", ["vm-export", "vdi-export", "exclude"])
+def test_what_does_not_compile_is_named(key, value):
+    """Or, where this Python can compile it, nothing is raised; all of them at once."""
+    if compiles(value):
+        vmbackup.select(rules_of("%s=%s" % (key, value)), {"web": [1]})
+        return
+    with pytest.raises(vmbackup.ConfigError) as caught:
+        vmbackup.select(rules_of("%s=%s" % (key, value), "exclude=[b"), {"web": [1]})
+    first, second = str(caught.value).split("\n")
+    assert first.startswith("***ERROR - invalid regex: %s=%s" % (key, value))
+    assert second == "***ERROR - invalid regex: exclude=[b"
+
+
+@pytest.mark.parametrize("name", NO_REGEX[:6] + ["srv (old)", "C++ build", "db[1]", "cost$", "a.b"])
+def test_a_vm_is_found_by_its_own_name_whatever_is_in_it(name):
+    """An expression for others, too, where it is one; with :N, and as an exclude."""
+    assert chosen(["vm-export=" + name], [name, "other"])[name] == (VM, None)
+    assert chosen(["vdi-export=%s:3" % name], [name, "other"])[name] == (VDI, 3)
+    assert name not in chosen(["vm-export=.*", "exclude=" + name], [name, "other"])
+    (note,) = vmbackup.select(rules_of("vm-export=" + name), {name: [1]}).notes
+    assert note.startswith("NOTE - vm-export=%s: " % name)
+    assert "may match others too" in note
+
+
+def test_the_note_tells_what_a_name_matches_besides():
+    (note,) = vmbackup.select(rules_of("vm-export=db[1]"), {"db[1]": [1], "db1": [2]}).notes
+    assert note.endswith("others too: db1")
+
+
+@pytest.mark.parametrize("lines, names, notes", [
+    (["vm-export=P-db.*:7", "vm-export=P-.*"], ["P-db1", "P-web"], ["vm-export=P-.*"]),
+    (["vm-export=P-db.*:7", "vm-export=P-db1", "exclude=.*2", "vdi-export=.*3"],
+     ["P-db1", "P-db2", "P-db3"], ["vm-export=P-db1", "exclude=.*2", "vdi-export=.*3"]),
+    (["vm-export=web", "exclude=web"], ["web"], ["exclude=web"]),
+    (["vm-export=web", "vdi-export=web"], ["web"], ["vdi-export=web"]),
+    (["vm-export=web:1", "vm-export=web:2"], ["web"], ["vm-export=web:2"]),
+    (["vm-export=a.*", "vm-export=.*b"], ["ab", "ac"], None),  # one is left to it
+    (["vm-export=a", "vm-export=.*"], ["a", "b"], None), (["vm-export=gone"], ["a"], None),
+])
+def test_a_rule_whose_vms_others_took_is_told_with_them(lines, names, notes):
+    found = vmbackup.select(rules_of(*lines), {name: [1] for name in names}).notes
+    expected = ["NOTE - %s: all its VMs were taken by %s" % (lines[0], ", ".join(notes))] * (
+        notes is not None) if notes else []
+    assert found == expected
+
+
+@pytest.mark.parametrize("line, meant", [
+    ("vm-export=*", "this is written .*)"), ("vdi-export=web*", "this is written web.*)"),
+    ("vm-export=*.example.org:2", r"this is written .*\.example\.org)"),
+    ("vm-export=web # the shop", "a comment stands on a line of its own"),
+    ("vm-export=web, db", "one name or expression a line"), ("vm-export=web;db", "one name"),
+    ('vm-export="web shop":2', "leave the quotes out"), ("vm-export='web':2", "quotes"),
+    ("vm-export=web.+", ""), ("vm-export=x{2,3}y", "one name or"), ("vm-export=web.*", ""),
+])
+def test_what_is_probably_meant_is_told(line, meant):
+    try:
+        (text,) = vmbackup.select(rules_of(line), {"sql": [1]}).unmatched
+    except vmbackup.ConfigError as error:
+        text = str(error).replace("***ERROR - invalid regex: ", "")
+    assert text.startswith(line)
+    assert meant in text if meant else text == line
+
+
+@pytest.mark.parametrize("name, names, near", [
+    ("web01", ["Web01", "web02"], "Web01"), ("wbe", ["web"], "web"), ("we", ["web"], "web"),
+    ("webb", ["web"], "web"), ("wib", ["web", "wobb"], "web"), ("DEV mySql", ["DEV-mySql"], 0),
+    ("Bu\u0308ro", ["Büro"], 0), ("web", ["sql", "w", "wxyb"], ""), ("web1", ["web"], "web"),
+    ("web1", ["web2", "wab1"], "wab1"), ("a", [], ""), ("web", ["web"], ""),
+])
+def test_the_name_that_differs_in_case_or_by_a_letter(name, names, near):
+    assert vmbackup.nearest(name, names) == (names[0] if near == 0 else near)
+
+
+def test_a_missing_name_is_told_with_the_nearest_one():
+    found = vmbackup.select(rules_of("vm-export=Web", "exclude=dbb", "vm-export=q"),
+                            {"web": [1], "db": [2]})
+    assert found.notes == ['NOTE - vm-export=Web: no VM bears this name (perhaps "web" is meant)',
+                           'NOTE - exclude=dbb: no VM bears this name (perhaps "db" is meant)']
+    assert found.unknown_excludes == ["dbb"]
+
+
+def narrowed(names, *only):
+    lines, words = ["vm-export=.*", "vdi-export=db.*:3", "vm-export=gone", "exclude=old"], []
+    words = [("only", value, "here") for value in only]
+    made = vmbackup.make_settings([line.partition("=")[::2] + ("f",) for line in lines], words)
+    found = vmbackup.select(made.rules, {name: [1] for name in names}, made.only)
+    return sorted((choice.name, choice.keep) for choice in found.choices), found
+
+
+@pytest.mark.parametrize("only, expected", [
+    (["web"], [("web", None)]), (["db."], [("db1", 3), ("db2", 3)]), (["gone"], [("gone", None)]),
+    (["web", "db1"], [("db1", 3), ("web", None)]), (["c[1]"], [("c[1]", None)]),
+    (["."], [("c[1]", None), ("db1", 3), ("db2", 3), ("gone", None), ("web", None)]),
+])
+def test_only_narrows_what_was_chosen(only, expected):
+    names = ["web", "db1", "db2", "old", "c[1]"]
+    choices, found = narrowed(names, *only)
+    assert choices == expected
+    assert found.left == ["old"], "those that only= left out are in the backup all the same"
+    assert found.unmatched == []
+
+
+@pytest.mark.parametrize("only", ["old", "nothing", "web:3", "Web", "x.*"])
+def test_only_that_leaves_nothing(only):
+    with pytest.raises(vmbackup.ConfigError, match="only=" + re.escape(only)):
+        narrowed(["web", "old"], only)
+
+
+def test_one_only_of_several_that_matches_nothing_is_told():
+    assert narrowed(["web", "db1"], "web", "wbe")[1].unmatched == [
+        'only=wbe (perhaps "web" is meant)']
 
 
 # --- properties ---
@@ -134,7 +243,7 @@ def test_every_vm_goes_where_the_rules_say(lines, names):
         return bool(value) and not set(value) & set(".*[]|$")
 
     def fits(value, name):
-        return value == name if simple(value) else bool(re.match(value, name))
+        return value == name or not simple(value) and bool(re.match(value, name))
 
     expected = {}
     in_file = {value for key, value, _ in lines if key != "exclude" and simple(value)}
@@ -144,7 +253,7 @@ def test_every_vm_goes_where_the_rules_say(lines, names):
         for kind in (VM, VDI):  # the second one wins
             mine = [line for line in lines if line[0] == kind]
             by_name = [line for line in mine if simple(line[1]) and line[1] == name]
-            by_regex = [line for line in mine if not simple(line[1]) and re.match(line[1], name)]
+            by_regex = [line for line in mine if not simple(line[1]) and fits(line[1], name)]
             last = (by_name or (by_regex if name in names else []))[-1:]
             for _, _, keep in last:
                 expected[name] = (kind, int(keep[1:]) if keep else None)

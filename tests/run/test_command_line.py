@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a user types, in arguments, config files and password files, and what he is told."""
+import os
 import re
 
 import pytest
@@ -21,7 +22,7 @@ def sim():
 # --- help and the like ---
 
 @pytest.mark.parametrize("word", ["help", "config", "example", "version", "HELP", "--help",
-                                  "--version"])
+                                  "--version", "-help", "-config", "-h", "-V", "-v"])
 def test_texts_go_to_standard_output(word):
     result = vmbackup(word, env={"LC_ALL": "C"})
     assert (result.status, result.err) == (0, "")
@@ -36,34 +37,138 @@ def test_config_prints_example_cfg():
 def test_version_is_the_modules():
     (version,) = re.findall(r'^__version__ = "(.+)"', SCRIPT.read_text(encoding="utf-8"), re.M)
     assert version in vmbackup("version").out
+    assert vmbackup("-V").out == vmbackup("version").out
 
 
-def test_help_names_every_setting():
-    """All of those that the example has, commented out or not."""
+def test_help_names_every_setting_and_command():
+    """All settings that the example has, commented out or not."""
     names = re.findall(r"^#?([a-z_-]+)=", (ROOT / "example.cfg").read_text(encoding="utf-8"), re.M)
-    assert len(names) > 20
-    assert set(names) - {"vm-export", "vdi-export", "exclude"} <= set(vmbackup("help").out.split())
+    assert len(names) > 30
+    words = set(vmbackup("help").out.split())
+    assert set(names) - {"vm-export", "vdi-export", "exclude"} | set(COMMANDS) <= words
 
 
-@pytest.mark.parametrize("words", [(), ("-",), ("secret",)])
-def test_too_few_words_show_the_usage_on_standard_error(words):
-    result = vmbackup(*words)
+@pytest.mark.parametrize("columns", [60, 72, 80, 99, 100, 200])
+def test_help_is_as_wide_as_the_terminal(columns):
+    """And at most 100; where there is none too."""
+    lines = vmbackup("help", env={"COLUMNS": str(columns)}).out.splitlines()
+    widest = max(len(line) for line in lines)
+    assert min(columns, 100) - 20 < widest <= min(columns, 100)
+    text = " ".join(" ".join(lines).split())
+    assert text == " ".join(vmbackup("help").out.split())
+
+
+COMMANDS = {"verify": ["[vm-name]", "proves"], "list": ["json", "[vm-name]"],
+            "check": ["warn", "crit", "2 CRITICAL", "3 UNKNOWN"], "extract": ["to=", "disk="],
+            "restore": ["backup=", "sr=", "as=", "preserve=True", "<password>"]}
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_of_one_command(name):
+    result = vmbackup("help", name)
+    assert (result.status, result.err) == (0, "")
+    assert len(result.out.splitlines()) < 12
+    for words in COMMANDS[name] + ["vmbackup.py %s <" % name]:
+        assert words in " ".join(result.out.split())
+    for other in set(COMMANDS) - {name}:
+        assert "vmbackup.py %s" % other not in result.out
+    for word in ("--help", "-h"):
+        assert vmbackup(name, word).out == result.out
+    assert vmbackup("--help", name.upper()).out == result.out
+
+
+@pytest.mark.parametrize("topic, text", [
+    ("preview", "changes nothing"), ("only", "only=SELECTOR"), ("password", "local"),
+    ("create-password-file", "create-password-file=FILE"), ("max_backups", "1 or more"),
+    ("keep_weekly", "ISO weeks"),
+])
+def test_help_of_a_word(topic, text):
+    assert text in vmbackup("help", topic).out
+
+
+@pytest.mark.parametrize("word, near", [("verfy", "verify"), ("restor", "restore"), ("zzz", "")])
+def test_help_of_what_is_not_there(refused, word, near):
+    line = refused("help", word)
+    assert word in line
+    assert ("did you mean %s?" % near in line) if near else ("restore" in line)
+
+
+# --- too few words ---
+
+@pytest.mark.parametrize("words, missing", [
+    ((), "<password>"), ((), "<config-file|vm-selector>"), (("-",), "<config-file|vm-selector>"),
+    (("secret",), "<config-file|vm-selector>"), (("local",), "<config-file|vm-selector>"),
+    (("a.cfg",), "<password>"), (("--dry-run",), "<password>"),
+    (("create-password-file=x",), "<password>"), (("verfiy",), "did you mean verify?"),
+    (("confg",), "did you mean config?"),
+])
+def test_too_few_words_show_the_usage_and_what_is_missing(tmp_path, words, missing):
+    (tmp_path / "a.cfg").write_text("vm-export=web\n")
+    result = vmbackup(*words, cwd=tmp_path)
     assert (result.status, result.out) == (3, "")
     assert result.err.startswith("Usage: vmbackup.py <password> <config-file|vm-selector>")
     assert len(result.err.splitlines()) < 10
+    last = result.err.splitlines()[-1]
+    assert last.startswith("Missing: ")
+    assert missing in last
+    assert "secret" not in result.err
+
+
+@pytest.mark.parametrize("words, missing", [
+    (["verify"], "<config-file|folder|file>"), (["LIST"], "<config-file|folder>"),
+    (["extract"], "<backup-folder|file>"),
+    (["restore"], "<password> <config-file|backup-folder|export-file>"),
+    (["restore", "-"], "<config-file|backup-folder|export-file>"),
+])
+def test_too_few_words_for_a_command(words, missing):
+    result = vmbackup(*words)
+    assert (result.status, result.out) == (3, "")
+    assert result.err.splitlines() == [
+        "Usage: " + vmbackup("help", words[0]).out.splitlines()[0].strip(), "Missing: " + missing]
+
+
+def test_check_always_answers_a_monitor_on_standard_output():
+    for words in (["check"], ["check", "/nonexistent"], ["CHECK", "/", "warm=3h"],
+                  ["check", "/nonexistent.cfg"]):
+        result = vmbackup(*words)
+        assert (result.status, result.err) == (3, "")
+        assert re.match("VMBACKUP UNKNOWN - [^|\n]+\n$", result.out), result.out
 
 
 # --- words ---
 
 @pytest.mark.parametrize("word, named", [
-    ("previev", "preview"), ("previev", "max_backups"), ("max_backup=3", "max_backups"),
+    ("zzz", "preview"), ("zzz", "max_backups"), ("zzz", "only=SELECTOR"), ("colour=1", "compress"),
     ("vm-export=web", "max_backups"), ("exclude=web", "max_backups"), ("=", "max_backups"),
-    ("preview=1", "compress"), ("--preview", "preview"),
+    ("only=", "only=SELECTOR"), ("db", "max_backups"),
 ])
 def test_an_unknown_word_is_named_with_those_allowed(refused, word, named):
     line = refused("pw", "web", word)
     assert word.partition("=")[0] in line
     assert named in line
+
+
+@pytest.mark.parametrize("word, near", [
+    ("previev", "preview"), ("PREVEIW", "preview"), ("max_backup=3", "max_backups"),
+    ("compres=zstd", "compress"), ("backup-dir=/x", "backup_dir"), ("max_backups", "max_backups="),
+    ("verfiy", "verify"), ("--dry-run", "preview"), ("--preview", "preview"), ("-n", "preview"),
+    ("dry-run", "preview"), ("--dryrun", "preview"), ("-preview", "preview"),
+    ("preview=True", "preview"),
+])
+def test_what_is_similar_is_proposed_alone(refused, word, near):
+    line = refused("pw", "web", word)
+    assert word.partition("=")[0] in line
+    assert "did you mean %s?" % near in line
+    assert len(line) < 90
+
+
+@pytest.mark.parametrize("words", [
+    ("pw", "--dry-run"), ("pw", "-n", "web"), ("--preview", "pw", "web"), ("-n", "pw", "web"),
+    ("pw", "vm_export=web"), ("pw", "VMexport=web"), ("pw", "create-password=/x"),
+])
+def test_a_word_in_the_wrong_place(refused, words):
+    line = refused(*words)
+    assert "preview" in line or "did you mean" in line
 
 
 def test_ignore_extra_keys_is_for_config_files_only(refused):
@@ -89,7 +194,7 @@ def test_a_keep_count_has_no_upper_end(sim, tmp_path, keep):
     assert result.has("  vm-export: web:" + keep)
     result = vmbackup(PASSWORD, "web:" + keep, "preview", "host=" + sim.url,
                       "backup_dir=%s" % tmp_path)
-    assert result.has("web: has 1 backups, keeps %s, would delete none" % keep)
+    assert result.has("1/%s" % keep)
 
 
 def test_words_left_of_the_equals_sign_have_no_case(sim, tmp_path):
@@ -143,11 +248,18 @@ def test_a_bad_value_on_the_command_line_is_told(refused, word):
 @pytest.mark.parametrize("name, value", [
     ("backup_dir", "{}/none"), ("backup_dir", "{}/file"), ("status_log", "{}/none/status.log"),
     ("status_log", "{}"), ("report_json", "{}"), ("report_json", "{}/none/report.json"),
+    ("report_json", "{}/file"), ("report_json", "{}/fifo.prom"), ("metrics_file", "{}/fifo.prom"),
+    ("metrics_file", "{}/none/a.prom"), ("metrics_file", "{}/file.prom"),
+    ("metrics_file", "{}/node.prom"), ("status_log", "{}/fifo.prom"), ("status_log", "{}/a.cfg"),
     ("tls_ca", "{}/none"), ("tls_ca", "{}/file"), ("smtp_password_file", "{}/none"),
+    ("smtp_ca", "{}/none"), ("smtp_ca", "{}/file"), ("report_json", "{}/s"),
 ])
 def test_a_path_that_cannot_be_used_is_told_before_the_login(sim, tmp_path, name, value):
     value = value.format(tmp_path)
     (tmp_path / "file").write_text("no PEM")
+    (tmp_path / "file.prom").write_text("no metrics")
+    (tmp_path / "node.prom").write_text("# HELP node_boot_time_seconds\nnode_boot_time_seconds 1\n")
+    os.mkfifo(str(tmp_path / "fifo.prom"))
     config = tmp_path / "a.cfg"
     config.write_text("backup_dir=%s\nstatus_log=%s/s\nhost=%s\nvm-export=web\n" % (
         tmp_path, tmp_path, sim.url))
