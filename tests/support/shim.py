@@ -7,9 +7,12 @@ whether they name it by its path or by a descriptor of its folder, and by the sa
 
     SHIM_TREE    the folder, a path without links: nothing outside of it is concerned
     SHIM_KILL    the number of the call before which the process gets SIGKILL
+    SHIM_STOP    the same for SIGSTOP: a test may change something meanwhile
     SHIM_FAIL    the number of the call that fails instead, with the error number SHIM_ERRNO
     SHIM_CALL    "flock", "fsync", "write": all calls of that name fail with SHIM_ERRNO
     SHIM_LOG     a file that gets a line of each: the call and the path (of rename: the new one)
+
+    SHIM_NOSIZE  any value: file systems tell neither their size nor what is free (0 of 0)
 
     SHIM_TIME    the time at which the process begins, in seconds since 1970
     SHIM_STANDS  it stays this second all the time
@@ -34,6 +37,7 @@ SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -93,6 +97,8 @@ static int step(const char *call, int concerned, int counted)
     int now = counted ? __sync_add_and_fetch(&steps, 1) : -1;
     if (now == number("SHIM_KILL"))
         kill(getpid(), SIGKILL);
+    if (now == number("SHIM_STOP"))
+        kill(getpid(), SIGSTOP);
     const char *all = getenv("SHIM_CALL");
     if (now != number("SHIM_FAIL") && !(all && !strcmp(all, call)))
         return 0;
@@ -151,6 +157,20 @@ SIMPLE("rmdir", rmdir, (const char *path), (path), at(AT_FDCWD, path))
 SIMPLE("fsync", fsync, (int fd), (fd), inside_fd(fd))
 SIMPLE("fsync", fdatasync, (int fd), (fd), inside_fd(fd))
 SIMPLE("flock", flock, (int fd, int operation), (fd, operation), inside_fd(fd))
+
+#define STATVFS(call, parameters, arguments)                                     \
+    int call parameters                                                                \
+    {                                                                                  \
+        REAL(call);                                                                    \
+        int result = real arguments;                                                   \
+        if (!result && getenv("SHIM_NOSIZE"))                                          \
+            told->f_blocks = told->f_bfree = told->f_bavail = 0;                       \
+        return result;                                                                 \
+    }
+STATVFS(statvfs, (const char *path, struct statvfs *told), (path, told))
+STATVFS(fstatvfs, (int fd, struct statvfs *told), (fd, told))
+STATVFS(statvfs64, (const char *path, struct statvfs64 *told), (path, told))
+STATVFS(fstatvfs64, (int fd, struct statvfs64 *told), (fd, told))
 
 static int jump(clockid_t clock)
 {
