@@ -55,6 +55,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -321,10 +322,14 @@ def read_small(name, dir_fd=None, limit=MIB, part=False):
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise BackupError("%s is no regular file" % name)
-        with open(fd, "rb", closefd=False) as file:
-            data = file.read(limit if part else limit + 1)
+        data, piece = b"", None
+        while len(data) <= limit and piece != b"":
+            piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
+            data += piece
     finally:
         os.close(fd)
+    if part:
+        return data[:limit]
     if len(data) > limit:
         raise BackupError("%s is larger than %s" % (name, size_text(limit)))
     return data
@@ -1185,16 +1190,18 @@ class Reader:
         self._pieces, self.where, self.at = iter(pieces), where, 0
         self._piece = self._left = memoryview(b"")
 
-    def _next(self):
-        piece = next(self._pieces, None)
-        if piece is not None:
+    def _more(self):
+        while not len(self._left):
+            piece = next(self._pieces, None)
+            if piece is None:
+                return False
             self._piece = self._left = piece
-        return piece is not None
+        return True
 
     def stream(self, size):
         """The next `size` bytes as views, each valid until the next."""
         while size:
-            if not len(self._left) and not self._next():
+            if not self._more():
                 raise ArchiveError(error_text(self._piece, "it is cut off at " + self.where))
             view, self._left = self._left[:size], self._left[size:]
             size -= len(view)
@@ -1213,7 +1220,7 @@ class Reader:
 
     def rest(self):
         """All that follows, as views."""
-        while len(self._left) or self._next():
+        while self._more():
             yield from self.stream(len(self._left))
 
 
@@ -1472,15 +1479,17 @@ def prove_vhd(pieces, size=None):
 
 def dump_tables(pieces):
     """Names of the tables of a dump of the pool's database, and "schema 5.711" as its manifest has
-    it. Raises ArchiveError if it is no XML to its </database> or has no VM (every host is one):
-    during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
-    path, names, schema, vms, seen, piece = [], set(), {}, [], 0, b""
+    it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
+    others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
+    sends one without tables (pool_db_backup.ml)."""
+    path, names, schema, seen, piece = [], set(), {}, 0, b""
+    shapes = collections.defaultdict(collections.Counter)  # of each table's rows
     parser = xml.parsers.expat.ParserCreate("utf-8")
 
     def begin(name, attributes):
         path.append(attributes.get("name", "") if name == "table" else name)
-        if path[1:] == ["VM", "row"] and not vms:
-            vms.append(True)
+        if name == "row" and len(path) == 3:
+            shapes[path[1]][frozenset(attributes)] += 1
         elif name == "table":
             names.add(path[-1])
         elif name == "pair":
@@ -1503,8 +1512,12 @@ def dump_tables(pieces):
     except xml.parsers.expat.ExpatError as error:
         text = "the dump is damaged or does not end in </database>: %s" % error
         raise ArchiveError(error_text(piece, text)) from None
-    if not vms:
+    if "VM" not in shapes:
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
+    for table, rows in shapes.items():
+        (usual, many), (odd, one) = (rows.most_common() + [(frozenset(), 0)])[:2]
+        if many > 1 == one and odd < usual:  # two that the cut made one
+            raise ArchiveError("the dump is damaged in table %s" % table)
     names.add("schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn")))
     return names
 
@@ -1797,17 +1810,22 @@ class Endpoint:
     def open_socket(self, timeout, owner):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
 
-        It is owner.sock from its first moment, for whoever has to shut it. A dead peer is noticed
+        It is owner.sock as soon as it is one, for whoever has to shut it. A dead peer is noticed
         by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or write,
         None for ever).
         """
+        scheme, host, port = self.address
         try:
-            sock = self._connect(owner)
-            if self.address.scheme != "unix":
+            if scheme == "unix":
+                sock = owner.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(host)
+            else:
+                sock = owner.sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for option, value in KEEPALIVE:
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if self.address.scheme == "https":
+            if scheme == "https":
                 sock = self._tls(sock, owner)
         except BaseException:
             if owner.sock is not None:
@@ -1815,21 +1833,6 @@ class Endpoint:
             raise
         sock.settimeout(timeout)
         return sock
-
-    def _connect(self, owner):
-        scheme, host, port = self.address
-        found = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", host)]
-        if scheme != "unix":
-            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        for family, kind, protocol, _name, address in found:
-            try:
-                sock = owner.sock = socket.socket(family, kind, protocol)
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(address)
-                return sock
-            except OSError as error:
-                failure: Any = error
-        raise failure
 
     def _tls(self, sock, owner):
         self._context = self._context or self._make_context()
@@ -2175,37 +2178,25 @@ IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
-class Upload:
-    """The body of a PUT as requests takes it: pieces of a known total length, held to the rate."""
+class Elsewhere(XapiError):
+    """Another pool member is to have the request: `location` is its URL."""
 
-    def __init__(self, stream, body):
-        self._stream, self._body, self._sent, self.begun = stream, body, None, False
+    def __init__(self, location):
+        super().__init__(["REDIRECT", location], "the host sends the request elsewhere")
+        self.location = location
+
+
+class Body:
+    """The body of a PUT as requests takes it: pieces of a known total length."""
+
+    def __init__(self, length, pieces):
+        self._length, self._pieces = length, pieces
 
     def __len__(self):
-        return len(self._body)
+        return self._length
 
     def __iter__(self):
-        self._sent = self._send()
-        return self._sent
-
-    def _send(self):
-        watch, pieces, self.begun = self._stream.xapi.watch, iter(self._body), True
-        while True:
-            watch.check()
-            try:
-                piece = next(pieces, None)
-            except OSError as error:  # of a file, not of the connection
-                raise BackupError(describe(error)) from error
-            if piece is None:
-                return
-            watch.throttle(len(piece))
-            yield piece
-            self._stream.note(len(piece))
-
-    def close(self):
-        """Lets go of the body, which a broken connection left in its middle."""
-        if self._sent is not None:
-            self._sent.close()
+        return self._pieces
 
 
 def make_adapter(stream):
@@ -2254,12 +2245,14 @@ class Stream:
     before anything is sent, for whoever notes it; `send(body)`, then `verdict()`. Left without a
     verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
 
-    query: without session_id and task_id. endpoint: another than the session's.
+    query: without session_id and task_id; until send() it may be completed. endpoint: another than
+    the session's.
     """
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
-        self.xapi, self._path, self._query, self.activity = xapi, path, query, activity
-        self.endpoint, self._put = endpoint or xapi.endpoint, put
+        self.xapi, self.watch, self.activity = xapi, xapi.watch, activity
+        self._path, self._query, self._put = path, query, put
+        self.endpoint = endpoint or xapi.endpoint
         self.task = self.sock = self._answer = self._body = None
         self.begun = self.ended = self._cancelled = False
         self.reason = None  # why it was given up
@@ -2267,11 +2260,11 @@ class Stream:
         self._touched = self._answered = self._moved = self._asked = time.monotonic()
 
     def __enter__(self):
-        self.xapi.watch.check()
+        self.watch.check()
         try:
             self._make_task()
             self.activity.begin()
-            self.xapi.watch.streams.add(self)
+            self.watch.streams.add(self)
             if not self._put:
                 self._open()
             return self
@@ -2287,51 +2280,51 @@ class Stream:
 
         Raises XapiError with the task's own reason where the host gives one.
         """
-        target, renewed, hops = None, False, 0
+        renewed, hops = False, 0
         while True:
-            self.xapi.watch.check()
+            self.watch.check()
             try:
-                status, location = self._request("GET", target)
+                status = self._request("GET")
+            except Elsewhere as elsewhere:
+                hops += 1
+                if hops > 5:
+                    raise BackupError("the hosts send each other the request in a circle") from None
+                self.endpoint = self.xapi.at(elsewhere.location)
+                continue
             except ConnectionLost as error:
                 raise self.failure() or error from None
             if status == 200:
                 self.begun = True
                 return
-            if status == 401 and not renewed:
-                self._disconnect()
-                renewed, target, self.endpoint = True, None, self.xapi.endpoint
-                self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
-                with contextlib.suppress(XapiError):
-                    self.xapi.call("task.destroy", self.task)
-                self._make_task()
-            elif status in (301, 302, 307, 308) and location:
-                self._disconnect()
-                hops += 1
-                if hops > 5:
-                    raise XapiError(["REDIRECT"],
-                                    "the hosts send each other the request in a circle")
-                url = urllib.parse.urlsplit(location)
-                self.endpoint = self.xapi.at("%s://%s" % (url.scheme, url.netloc))
-                target = url.path + "?" + url.query
-            else:
+            if status != 401 or renewed:
                 raise self._refusal(status)
+            self._disconnect()
+            renewed, self.endpoint = True, self.xapi.endpoint
+            self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
+            with contextlib.suppress(XapiError):
+                self.xapi.call("task.destroy", self.task)
+            self._make_task()
 
-    def _request(self, method, target=None, body=None):
-        """Sends the request and waits for the head, however long the host takes. Returns (status,
-        Location)."""
+    def _request(self, method, body=None):
+        """Sends the request and waits for the head, however long the host takes. Returns the
+        status; raises ConnectionLost, or Elsewhere for a redirect, which keeps path and query."""
         import requests
 
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
-        target = target or self._path + "?" + urllib.parse.urlencode(query)
+        url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
         headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
-        request = requests.Request(method, "http://xapi" + target, headers, data=body)
+        request = requests.Request(method, url, headers, data=body).prepare()
         try:
-            self._answer = make_adapter(self).send(request.prepare(), stream=True)
+            self._answer = answer = make_adapter(self).send(request, stream=True)
         except BROKEN as error:
-            self.xapi.watch.check()
+            self.watch.check()
             raise ConnectionLost(self.reason or innermost(error)) from None
         self._touched = time.monotonic()
-        return self._answer.status_code, self._answer.headers.get("Location", "")
+        location = answer.headers.get("Location", "")
+        if answer.status_code in (301, 302, 307, 308) and location:
+            self._disconnect()
+            raise Elsewhere("/".join(location.split("?")[0].split("/")[:3]))
+        return answer.status_code
 
     def response(self, *args, **options):
         """urllib3's response_class: keeps http.client's own response, whose readinto fills the
@@ -2355,9 +2348,9 @@ class Stream:
         try:
             count = self._body.readinto(view)
         except BROKEN + (ValueError,) as error:
-            self.xapi.watch.check()
+            self.watch.check()
             raise ConnectionLost(self.reason or error) from None
-        self.xapi.watch.check()
+        self.watch.check()
         if self.reason:  # a socket that was shut down may look like one that has ended
             raise ConnectionLost(self.reason)
         return count
@@ -2367,7 +2360,7 @@ class Stream:
         count = self._read(view)
         self.received += count
         self.note(count)
-        self.xapi.watch.throttle(count)
+        self.watch.throttle(count)
         return count
 
     def note(self, count):
@@ -2378,23 +2371,38 @@ class Stream:
     def send(self, body):
         """Uploads len(body) bytes, the pieces of iter(body).
 
-        Raises what the body raises, and XapiError if the host refuses before anything was begun.
-        However the connection ends after that, the task has the only say: the host answers before
-        it reads, and stops reading when it has what it wants.
+        Raises what the body raises, and where the host refuses before it began anything XapiError,
+        or Elsewhere: then it may be called again. However the connection ends after that, the task
+        has the only say: the host answers before it reads, and reads no more than it wants.
         """
-        with contextlib.closing(Upload(self, body)) as upload:
+        with contextlib.closing(self._pieces(body)) as pieces:
             try:
-                status, _location = self._request("PUT", None, upload)
+                status = self._request("PUT", Body(len(body), pieces))
                 if status != 200:
-                    upload.begun = False
                     raise self._refusal(status)
                 while self._read(memoryview(bytearray(16384))):
                     pass  # it closes when its task has ended
             except ConnectionLost:
-                if self.reason or not upload.begun:
+                if self.reason or not self.begun:
                     raise
-            finally:
-                self.begun = upload.begun
+            except XapiError:
+                self.begun = False
+                raise
+
+    def _pieces(self, body):
+        """The body's pieces, counted, at the rate, and its errors told from the connection's."""
+        pieces, self.begun = iter(body), True
+        while True:
+            self.watch.check()
+            try:
+                piece = next(pieces, None)
+            except OSError as error:
+                raise BackupError(describe(error)) from error
+            if piece is None:
+                return
+            self.watch.throttle(len(piece))
+            yield piece
+            self.note(len(piece))
 
     def ask(self):
         """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
@@ -2430,12 +2438,12 @@ class Stream:
         end, pause = time.monotonic() + patience, 0.1
         while True:
             if not self._cancelled:
-                self.xapi.watch.check()
+                self.watch.check()
             record = self.xapi.records("task", [self.task]).get(self.task)
             if record is None or record["status"] not in ("pending", "cancelling"):
                 self.ended = True
                 return record
-            if time.monotonic() > end or self.xapi.watch.time_left() < CLEANUP_GRACE:
+            if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
                 raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
             time.sleep(pause)
             pause = min(pause * 1.5, 1)
@@ -2467,7 +2475,7 @@ class Stream:
                 each.close()
 
     def __exit__(self, *_error):
-        self.xapi.watch.streams.discard(self)
+        self.watch.streams.discard(self)
         self._disconnect()
         if self.begun and not self.ended:
             self._cancelled = True
@@ -2520,6 +2528,7 @@ def fan_out(pieces, *consumers):
             return consumer(source)
         except BaseException as error:
             errors.append(error)
+        finally:
             with contextlib.suppress(BaseException):
                 for _ in source:  # or the reader would wait for room
                     pass
@@ -2648,7 +2657,7 @@ Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
 # expected: bytes. kept: {name: reasons}. doomed: names, oldest first. refusal: None, or (word of
 # the status log, error).
 Plan = collections.namedtuple(
-    "Plan", "choice ref vm disks file policy expected kept doomed notes refusal")
+    "Plan", "choice ref vm disks srs file policy expected kept doomed notes refusal")
 
 DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a snapshot
 RECOVERY = 240  # seconds that cleaning up waits for a host whose toolstack restarts
@@ -2660,7 +2669,8 @@ BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 GONE_FOR_NOW = ("CONNECTION_LOST", "SESSION_INVALID", "HOST_STILL_BOOTING")
 # Refusals that only a snapshot meets: a halted VM can be exported as it is all the same.
 ONLY_SNAPSHOTS = ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "SR_OPERATION_NOT_SUPPORTED",
-                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS")
+                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS",
+                  "OPERATION_NOT_ALLOWED")
 
 
 class Outcome:
@@ -2746,12 +2756,14 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
     expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
     new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"])
     stay = kept(folders + [new], policy, new.name, vm["uuid"])
-    doomed = expired(folders + [new], policy, new.name, vm["uuid"])
+    doomed = [item.name for item in backups(folders) if item.name not in stay]
     notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
               " not needed" % name for name, why in stay.items() if why == ["another VM's"]]
+    plan = Plan(choice, choice.refs[0], vm, disks, srs or {}, file, policy, expected, stay, doomed,
+                notes, None)
     refusal = _unnamed(choice, disks) or (("ERROR", probe) if probe else None)
-    told = None if refusal else _no_snapshot(choice, vm, disks, srs or {})
-    if told and _as_it_is(choice, vm, disks, told):
+    told = None if refusal else _no_snapshot(choice, vm, disks, plan.srs)
+    if told and exports_as_it_is(plan, vm, told):
         notes.append("halted, and cannot be snapshotted (%s): exported as it is" % told.code)
     elif told:
         word = "SNAPSHOT-FAIL" if choice.kind == "vm-export" else "VDI-SNAPSHOT-FAIL"
@@ -2764,8 +2776,7 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
             "not enough space in %s: %s to expect, %s free (make room there, set pre_clean=True to"
             " delete the oldest backup first, or space_check=False to try all the same)"
             % (settings.backup_dir, size_text(expected), size_text(max(free, 0)))))
-    return Plan(choice, choice.refs[0], vm, disks, file, policy, expected, stay, doomed, notes,
-                refusal)
+    return plan._replace(refusal=refusal)
 
 
 def left_out_texts(disks):
@@ -2828,12 +2839,11 @@ def _no_snapshot(choice, vm, disks, srs):
     return None
 
 
-def _as_it_is(choice, vm, disks, error):
-    """Whether a VM whose snapshot is refused so can be exported without one."""
-    blocked = "export" in vm.get("blocked_operations", {})
-    return (choice.kind == "vm-export" and vm["power_state"] == "Halted" and not blocked
-            and error.code in ONLY_SNAPSHOTS + ("OPERATION_NOT_ALLOWED",)
-            and not any(disk.left_out for disk in disks))
+def exports_as_it_is(plan, vm, error):
+    """Whether a VM whose snapshot is refused so can be exported without one: a halted one."""
+    return (plan.choice.kind == "vm-export" and vm["power_state"] == "Halted"
+            and error.code in ONLY_SNAPSHOTS and not any(disk.left_out for disk in plan.disks)
+            and "export" not in vm.get("blocked_operations", {}))
 
 
 # --- the snapshot ---
@@ -2868,6 +2878,7 @@ class Snapshot:
         self._source = plan.ref if self.of_vm else self._disk.ref
         self._name = "RESTORE_" + plan.choice.name if self.of_vm else self._disk_name(self._disk)
         self._made = None  # the ref of a snapshot that this process proved to be its own
+        self._marked = self.of_vm  # so that the next run knows it: the name alone is enough
         self.ref, self.record, self.disks = None, None, []
 
     def _disk_name(self, disk):
@@ -2883,9 +2894,13 @@ class Snapshot:
             self.record = self._prove(self.ref, known)
         except (BackupError, Interrupted) as error:
             self._look_for_lost(known)
-            if isinstance(error, XapiError) and error.code in ONLY_SNAPSHOTS and self._stands():
-                return self._without(error)
-            raise
+            if not isinstance(error, XapiError) or not exports_as_it_is(
+                    self._plan, self._xapi.call("VM.get_record", self._plan.ref), error):
+                raise
+            self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
+            self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as"
+                               " it is, and a start waits until that has ended" % error.code)
+            return self
         self._made = self.ref
         try:
             self._watch.check()
@@ -2917,12 +2932,13 @@ class Snapshot:
         for ref, record in self._xapi.records("VM", snapshots).items():
             if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
                 self._outcome.say("removing the leftover snapshot %s" % record["uuid"])
-                self.destroy("VM", ref, self._plan.ref, "RESTORE_" + self._plan.choice.name)
+                self.destroy("VM", ref, record, self._plan.ref,
+                             "RESTORE_" + self._plan.choice.name)
         for disk in self._plan.disks:
             for ref, record in self._xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
                 if is_ours(record, disk.ref, self._disk_name(disk)):
                     self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
-                    self.destroy("VDI", ref, disk.ref, self._disk_name(disk))
+                    self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
@@ -2953,6 +2969,7 @@ class Snapshot:
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
             call(self._kind + ".remove_from_other_config", self.ref, OUR_KEY)
         call(self._kind + ".add_to_other_config", self.ref, OUR_KEY, key_of(record))
+        self._marked = True
         if not self.of_vm:
             call("VDI.set_name_label", self.ref, self._name)
             self.disks = [self._disk]
@@ -2980,18 +2997,6 @@ class Snapshot:
                 call("VDI.destroy", disk.ref)
         self.disks = [disk for disk in self.disks if not disk.left_out]
 
-    def _stands(self):
-        """Whether the VM is still halted, and nothing of it has to be left out."""
-        vm = self._xapi.call("VM.get_record", self._plan.ref)
-        return self.of_vm and vm["power_state"] == "Halted" and not any(
-            disk.left_out for disk in self._plan.disks)
-
-    def _without(self, error):
-        self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
-        self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
-                           " is, and a start waits until that has ended" % error.code)
-        return self
-
     def _look_for_lost(self, known):
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
@@ -3006,9 +3011,8 @@ class Snapshot:
             self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
                                " they are left alone" % (self._disk.label, uuids))
             return
-        for ref in found:
-            self._made = ref
-            self.destroy(self._kind, ref, self._source, self._name)
+        for self._made, record in found.items():
+            self.destroy(self._kind, self._made, record, self._source, self._name)
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
@@ -3021,21 +3025,21 @@ class Snapshot:
 
     def __exit__(self, *_error):
         if self._made:
-            self.destroy(self._kind, self._made, self._source, self._name)
+            self.destroy(self._kind, self._made, self.record, self._source, self._name)
         elif self.ref == self._plan.ref and self.of_vm:
             self._outcome.say("the export of the VM itself has ended: it can be started again")
 
-    def destroy(self, kind, ref, source, our_name):
+    def destroy(self, kind, ref, record, source, our_name):
         """Destroys one of our snapshots, however often it takes. A failure is a warning."""
         try:
             patiently(self._watch, lambda: self._attempt(kind, ref, source, our_name))
             self._outcome.say("snapshot destroyed")
         except Exception as error:
-            uuid = self.record["uuid"] if self.record and ref == self.ref else ref
+            command = "snapshot-uninstall" if kind == "VM" else "vdi-destroy"
             self._outcome.warn(
-                "the snapshot %s could not be destroyed, the next run tries again: %s (by hand: xe"
-                " %s uuid=%s)" % (uuid, reason_of(error),
-                                  "snapshot-uninstall" if kind == "VM" else "vdi-destroy", uuid))
+                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)" % (
+                    record["uuid"], "" if ref == self._made and not self._marked else
+                    ", the next run tries again", reason_of(error), command, record["uuid"]))
 
     def _attempt(self, kind, ref, source, our_name):
         """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
@@ -3280,20 +3284,17 @@ class Target:
         os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
         self.name, self.fd = begun, open_folder(begun, self._vm_fd)
         self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
-        moment, tried = datetime.datetime.now(), ""
+        moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
         while self.name == begun:
             name = native(moment.strftime(pattern))
-            if name != tried and name not in os.listdir(self._vm_fd):  # or it would be replaced
-                with contextlib.suppress(FileExistsError):  # two at once
-                    try:
-                        os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
-                        self.name = name
-                    except OSError as error:
-                        if error.errno not in (errno.ENOTEMPTY, errno.ENOTDIR):
-                            raise
-            tried = name
-            moment += datetime.timedelta(seconds=1)
-        self._outcome.say("new backup folder %s" % self.name)
+            try:
+                if name not in taken:  # an empty folder would be replaced
+                    os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
+                    self.name = name
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
 
     def touch(self):
         """Tells the runs of other machines that this one is at work: called once a second."""
@@ -3406,6 +3407,8 @@ def back_up_vm(run, xapi, choice, outcome, activity):
             if settings.pre_clean:
                 target.prune(plan.policy, vm["uuid"], pre_clean=True)
             target.begin(settings.backup_dir_pattern)
+            outcome.say("new backup folder %s" % os.path.join(
+                settings.backup_dir, native(name), target.name))
             activity.doing = "snapshot"
             with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
                 for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
@@ -3485,7 +3488,6 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
         "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
         own)
     originals = {disk.vbd["userdevice"]: disk for disk in plan.disks}
-    srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
     for disk in disks:
         original = originals.get(disk.vbd["userdevice"], disk)
         place, unpluggable = folder_name("DISK-" + disk.label), original.vbd.get("unpluggable", "")
@@ -3495,7 +3497,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
         yield place + "/vdi.cfg", cfg(disk.vdi, (
             "name_label", "name_description", "virtual_size", "type", "sharable", "read_only"), [
             ("orig_uuid", original.vdi["uuid"]),
-            ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
+            ("orig_sr_uuid", plan.srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
     vifs = sorted(xapi.records("VIF", vm["VIFs"]).values(), key=lambda vif: vif["device"].zfill(4))
     uuids = {vif["device"]: vif["uuid"] for vif in xapi.records("VIF", plan.vm["VIFs"]).values()}
     networks = xapi.records("network", [vif["network"] for vif in vifs])
@@ -3506,7 +3508,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
             record, ("device", "network_name_label", "MTU", "MAC", "other_config"),
             [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
     exported = disks if snapshot.of_vm else [first_disk(plan.disks)]
-    sr = srs.get(exported[0].vdi["SR"], {}) if exported else {}
+    sr = plan.srs.get(exported[0].vdi["SR"], {}) if exported else {}
     yield "RESTORE.txt", restore_note(types.SimpleNamespace(
         name=plan.choice.name, folder=folder, file=plan.file, kind=plan.choice.kind,
         compress=run.settings.compress, backup_dir=run.settings.backup_dir,
@@ -3556,7 +3558,7 @@ NOTE = """\
 This folder holds a backup of {what} {name} (uuid {uuid}),
 taken by vmbackup from the pool {pool} at the host {host}.
 
-  export    {file}
+  export    {export}
   memory    {memory}, {vcpus}
 {disks}{networks}  storage   {sr_name} (uuid {sr_uuid})
 
@@ -3571,14 +3573,15 @@ Then one of these. Paths are those of the day of the backup; HOST is the pool's 
 The storage repository can be another one; without it the pool's default is taken.
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
-       vmbackup.py restore - {folder} host={address} sr={sr_uuid_quoted}
+       vmbackup.py restore - {folder} host={address} sr={sr}
 
 2. With xe, in a dom0 that sees this folder:
        cd {folder}
 {xe}
-3. With curl, from any machine. CA is a PEM file with the host's certificate, which is in dom0 in
-   /etc/xensource/xapi-ssl.pem; curl asks for root's password. It prints an error page where the
-   import failed, and nothing where it did not:
+3. With curl, from any machine; it asks for root's password, and prints an error page if the
+   import failed. CA is a file with the host's certificate, which this prints in dom0:
+       openssl x509 -in /etc/xensource/xapi-ssl.pem
+   Then:
        cd {folder}
 {curl}
 Without any host, the disks as images:
@@ -3611,7 +3614,8 @@ ONE_DISK = ("""\
 
 def quoted(text):
     """A word for a shell."""
-    return text if re.match(r"[\w./=-]+\Z", text, re.ASCII) else "'%s'" % text.replace("'", "'\\''")
+    plain = re.match(r"[\w./=-]+\Z", text, re.ASCII)
+    return text if plain else "'%s'" % text.replace("'", "'\\''")
 
 
 def restore_note(facts):
@@ -3621,29 +3625,27 @@ def restore_note(facts):
     Endpoint's text), memory (bytes), vcpus, uuid, disks [(label, name, bytes, uuid)], networks
     [(device, network's name, MAC)].
     """
-    whole_vm = facts.kind == "vm-export"
-    caution, xe, curl, images = WHOLE if whole_vm else ONE_DISK
+    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
     folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
     form = facts.file.rpartition(".")[2]
-    disks = ["  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-        label, size_text(size), size, printable(name), uuid)
-        for label, name, size, uuid in facts.disks]
-    networks = ["  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                for device, name, mac in facts.networks]
     address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
     words = {
-        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid), "folder": quoted(from_argv(folder)),
-        "url": "https://" + address, "form": form, "qemu": {"vhd": "vpc"}.get(form, "raw"),
-        "label": quoted(facts.name + "-restored"),
+        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid or "SR"), "form": form,
+        "folder": quoted(from_argv(folder)), "address": address, "url": "https://" + address,
+        "qemu": {"vhd": "vpc"}.get(form, "raw"), "label": quoted(facts.name + "-restored"),
         "size": sum(size for _label, _name, size, _uuid in facts.disks)}
     return NOTE.format(
-        what="the VM" if whole_vm else "the first disk of the VM", name=printable(facts.name),
-        uuid=facts.uuid, pool=printable(facts.pool), host=facts.host, file=facts.file,
-        memory=size_text(int(facts.memory or 0)), vcpus=plural(int(facts.vcpus or 0), "CPU"),
-        disks="".join(disks), networks="".join(networks), sr_name=printable(facts.sr_name),
-        sr_uuid=facts.sr_uuid, sr_uuid_quoted=words["sr"], folder=words["folder"], address=address,
-        caution=caution, xe=xe.format(**words), curl=curl.format(**words),
-        images=images.format(**words))
+        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
+        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
+        export=facts.file, memory=size_text(int(facts.memory or 0)),
+        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
+        sr_uuid=facts.sr_uuid, caution=caution, xe=xe.format(**words), curl=curl.format(**words),
+        images=images.format(**words),
+        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+            label, size_text(size), size, printable(name), uuid)
+            for label, name, size, uuid in facts.disks),
+        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== choice and preview ==============================
@@ -4235,9 +4237,9 @@ def read_source(fd, top, item, stack):
         if sums and export not in sums:
             raise ArchiveError("SHA256SUMS does not list %s" % export)
         for label in ("xvda", "hda", "sda", "0"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                with opened("DISK-" + label, fd) as disk:
-                    vdi = vdi or read_cfg("vdi.cfg", disk)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                    opened("DISK-" + label, fd) as disk:
+                vdi = vdi or read_cfg("vdi.cfg", disk)
         with contextlib.suppress(FileNotFoundError):
             vm = read_cfg("vm.cfg", fd)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -4366,10 +4368,10 @@ def check_archive(plan, version, seed, vms, xapi):
     """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists."""
     master = xapi.records("host", [plan.pool["master"]])[plan.pool["master"]]
     here = re.findall(r"\d+", master["software_version"].get("xapi", ""))[:2]
-    made_by = [int(version["xapi_major"]), int(version["xapi_minor"])]
-    if len(here) == 2 and made_by > [int(number) for number in here]:
-        raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %s: update"
-                          " the pool first" % (*made_by, ".".join(here)))
+    made_by = [str(version.get(key, 0)) for key in ("xapi_major", "xapi_minor")]
+    if len(here) == 2 and list(map(int, made_by)) > list(map(int, here)):
+        raise ConfigError("ERROR - the archive is of XAPI %s, newer than the pool's %s: update the"
+                          " pool first" % (".".join(made_by), ".".join(here)))
     if plan.preserve:
         twins = [vm for vm in vms.values() if seed and vm["other_config"].get("mac_seed") == seed]
         for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if plan.ova[kind]]:
@@ -4468,7 +4470,7 @@ class Restore:
             "time": time.strftime("%Y-%m-%d %H:%M:%S")}, self._log)
 
     def _make_disk(self, task):
-        """The ref of a new disk, marked ours until it is whole."""
+        """The ref of a new disk, marked as this restore's."""
         plan = self._plan
         ref = self._xapi.run_task("VDI.create", {
             "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
@@ -4477,7 +4479,7 @@ class Restore:
         plan.sizes[0] = int(self._xapi.call("VDI.get_virtual_size", ref))
         return ref
 
-    def _send(self, stream):
+    def _send(self, stream, hops=5):
         """Sends the export, and returns when the host tells that it is imported."""
         source, digest, proof = self._source, Future(), Future()
         length = source.size
@@ -4488,7 +4490,7 @@ class Restore:
         def vouch():
             phrases = ["sha256" if source.digest else "NOT sha256"] + proof.result()
             if source.digest not in (None, digest.result()):
-                raise ArchiveError("%s does not match its SHA-256" % source.file)
+                raise ArchiveError("it does not match SHA256SUMS")
             self._log("%s proved whole: %s" % (source.file, ", ".join(phrases)))
 
         def upload(pieces):
@@ -4510,8 +4512,14 @@ class Restore:
             fan_out(pieces_of(source), upload, told(digest, hash_all),
                     told(proof, prover(source.file, source.disk_size)))
         except Elsewhere as elsewhere:
+            if not hops:
+                raise
             stream.endpoint = self._xapi.at(elsewhere.location)
-            return self._send(stream)
+            self._send(stream, hops - 1)
+            return
+        except ArchiveError as error:
+            raise ArchiveError("%s is damaged, it was not imported: %s" % (
+                source.file, error)) from None
         except _Enough:  # the host stopped reading: its task tells why
             stream.verdict()
             raise BackupError("the host took the import for whole before its end") from None
@@ -4523,7 +4531,6 @@ class Restore:
         have beside it."""
         call, plan = self._xapi.call, self._plan
         if not plan.ova:
-            call("VDI.remove_from_other_config", ref, OUR_KEY)
             self._log("to attach it:")
             self._log("  xe vm-list name-label=%s params=uuid" % quoted(self._source.name))
             self._log("  xe vbd-create vm-uuid=VM vdi-uuid=%s device=autodetect type=Disk mode=RW"
@@ -4567,20 +4574,21 @@ class Note:
 
     def __init__(self, top, facts, log):
         self.facts, self._name = facts, ".restore-%s.json" % facts["uuid"]
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._top = open_folder(ELSEWHERE) if top is None else os.dup(top)
-            self._fd = os.open(self._name, flags, 0o600, dir_fd=self._top)
-            with contextlib.suppress(OSError):  # no locks here
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._fd, json.dumps(facts).encode("ascii"))
-            os.fsync(self._fd)
-            sync(self._top)
+            self._write(open_folder(ELSEWHERE) if top is None else os.dup(top))
         except OSError as error:
-            if top is None:
-                raise BackupError("the restore cannot be noted: %s" % describe(error)) from None
             log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
-            self.__init__(None, facts, log)
+            self._write(open_folder(ELSEWHERE))
+
+    def _write(self, top):
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._top, self._fd = top, os.open(self._name, flags, 0o600, dir_fd=top)
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        os.write(self._fd, json.dumps(self.facts).encode("ascii"))
+        os.fsync(self._fd)
+        os.stat(self._name, dir_fd=top)  # another restore may have swept it away, still empty
+        sync(top)
 
     def remove(self):
         os.unlink(self._name, dir_fd=self._top)
@@ -4591,17 +4599,14 @@ class Note:
 def sweep(xapi, watch, top, pool, log):
     """Clears away what restores left on this pool that live no more, by their notes in a folder."""
     for name in sorted(filter(NOTE_FILE.match, os.listdir(top))):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(name, flags, dir_fd=top)
-        except OSError:
-            continue
-        with open(fd, "rb") as file, contextlib.suppress(BlockingIOError):  # it lives
-            about = os.fstat(fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if about.st_uid not in (os.geteuid(), os.fstat(top).st_uid) or about.st_mode & 0o022:
-                continue
-            try:
+            with open(os.open(name, flags, dir_fd=top), "rb") as file:
+                about, users = os.fstat(file.fileno()), (os.geteuid(), os.fstat(top).st_uid)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022
+                        or about.st_uid not in users):
+                    raise BackupError("not a note that only its owner can have written")
                 facts = json.loads(file.read(MIB).decode("ascii") or "null")
                 if facts and facts["pool"] != pool:
                     continue
@@ -4610,8 +4615,10 @@ def sweep(xapi, watch, top, pool, log):
                         facts["backup"], facts["time"]))
                     clear_away(xapi, watch, facts, log)
                 os.unlink(name, dir_fd=top)
-            except Exception as error:
-                log("***WARNING - %s: %s" % (name, reason_of(error)))
+        except (BlockingIOError, FileNotFoundError):
+            pass  # it lives, or another restore has just swept it away
+        except Exception as error:
+            log("***WARNING - %s is left alone: %s" % (name, reason_of(error)))
 
 
 def clear_away(xapi, watch, facts, log, ended=False):
@@ -4693,7 +4700,8 @@ def _in_use(xapi, facts, vm, vms, vbds, vdis):
         return "it was renamed"
     if vm["snapshots"]:
         return "it has snapshots"
-    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"] for ref in disks):
+    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"]
+           for ref in disks):
         return "it has a disk that is not the restore's alone"
     return None
 
@@ -4915,6 +4923,7 @@ def _judge(vm, shelves, warn, crit):
 
 GRAIN = 64 * 1024  # bytes: so many zeros at a time become holes of an image
 ZEROS = bytes(GRAIN)
+FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
 
 
 def marked_folders(path, depth=2):
@@ -4945,26 +4954,21 @@ def verify_command(words, log, watch):
 
 def verify(word, only, log, watch):
     """The same in a worker. only: a VM's name or nothing."""
-    top, names, good, bad = os.path.abspath(native(word)), only, 0, 0
-    if os.path.isfile(top) and EXPORT.match(top):
-        found, names = [top], []
-    else:
-        top = open_shelf(word)[0]
-        found = marked_folders(top)
-    names = [spelt for name in names for spelt in (native(folder_name(name)), native(name))]
-    for path in found:
+    top, good, bad = os.path.abspath(native(word)), 0, 0
+    lone = os.path.isfile(top) and EXPORT.match(top)
+    top = top if lone else open_shelf(word)[0]
+    for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
-        if names and vm not in names:
+        if only and not lone and vm not in (native(folder_name(only[0])), native(only[0])):
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
         try:
             with watch.activity(vm) as activity:
-                proved = (verify_folder if os.path.isdir(path) else verify_file)(
-                    path, watch, activity)
+                proved = verify_path(path, watch, activity)
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
             good += 1
         except Exception as error:  # one odd folder must not end the others' turn
-            if not pruned(path):
+            if lone or not pruned(path):
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
                 bad += 1
     if not good + bad:
@@ -4978,19 +4982,17 @@ def verify(word, only, log, watch):
 def pruned(path):
     """Whether what was a backup is none any more: a run may delete it meanwhile."""
     try:
-        return os.path.isdir(path) and not set(MARKERS).intersection(os.listdir(path))
+        return not set(MARKERS).intersection(os.listdir(path))
     except OSError as error:
         return isinstance(error, FileNotFoundError)
 
 
-def verify_file(path, watch, activity):
-    """Phrases that tell what was proved of an export by itself. Raises BackupError or OSError."""
-    (proved,) = read_export(path, None, watch, activity, prover(path))
-    return ["NOT sha256 (a file by itself)"] + proved
-
-
-def verify_folder(path, watch, activity):
-    """The same of a backup's folder, all of it."""
+def verify_path(path, watch, activity):
+    """Phrases that tell what was proved of a backup's folder, or of an export by itself. Raises
+    BackupError or OSError."""
+    if os.path.isfile(path):
+        (proved,) = read_export(path, None, watch, activity, prover(path))
+        return ["NOT sha256 (a file by itself)"] + proved
     with opened(path) as fd:
         export, sums, ours = look_into(fd)
         for name in (export, "vm.cfg", "vm-metadata.xml"):
@@ -5034,16 +5036,15 @@ def look_into(fd):
         raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
     if len(exports) != 1:
         raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b"\n"
-    for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
+    for line in filter(None, text.decode("utf-8", "surrogateescape").split("\n")):
         match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
-        if line and not match:
+        if not match:
             raise ArchiveError("SHA256SUMS is damaged")
-        if line:
-            path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
-            if path in sums or {"", ".", ".."}.intersection(path.split("/")):
-                raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
-            sums[path] = match.group(2)
+        path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
+        if path in sums or {"", ".", ".."}.intersection(path.split("/")):
+            raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
+        sums[path] = match.group(2)
     return exports[0], sums, b"created=" in marks
 
 
@@ -5063,12 +5064,12 @@ def read_metadata(fd, export, sums):
         missing.discard(path)
     if missing:
         raise ArchiveError("%s is missing" % min(missing))
-    disks, labels = {}, [path[5:-8] for path in texts if re.match(r"DISK-[^/]+/vdi\.cfg\Z", path)]
+    disks, there = {}, [path[5:-8] for path in texts if path.endswith("/vdi.cfg")
+                        and path.startswith("DISK-") and path[:-7] + "vbd.cfg" in texts]
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
         disks = expected_disks(texts["vm-metadata.xml"])
     wanted = [disk.label for disk in disks.values()
               if disk.label != "suspend" and "[NOBAK]" not in disk.name]
-    there = [label for label in labels if "DISK-%s/vbd.cfg" % label in texts]
     if len(there) < len(wanted):  # not by label: a VM that is started meanwhile gets others
         raise ArchiveError("a folder DISK-* is missing: there is %s of %s" % (
             ", ".join(there) or "none", ", ".join(wanted)))
@@ -5088,12 +5089,9 @@ def walk_files(fd, above=""):
 
 def recorded_size(texts):
     """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    for label in ("xvda", "hda", "sda", "0"):
-        text = texts.get("DISK-%s/vdi.cfg" % label)
-        told = re.search(rb"^virtual_size=(\d+)$", text or b"", re.MULTILINE)
-        if text is not None:
-            return int(told.group(1)) if told else None
-    return None
+    first = [text for text in map(texts.get, FIRST_DISKS) if text is not None] + [b""]
+    told = re.search(rb"^virtual_size=([0-9]{1,18})\r?$", first[0], re.MULTILINE)
+    return int(told.group(1)) if told else None
 
 
 # --- extract ---
@@ -5126,8 +5124,9 @@ def extract(source, to, label, log, watch):
                               " NAME.xva.gz, NAME.xva.zst): %s" % source)
         stem, kind = EXPORT.match(os.path.basename(export)).groups()
         if kind in ("raw", "vhd"):
-            log("%s is a disk image already; in another form: qemu-img convert -f %s -O qcow2 FILE"
-                " %s.qcow2" % (export, {"vhd": "vpc"}.get(kind, kind), "NAME"))
+            log("%s is a disk image already. As qcow2: qemu-img convert -f %s -O qcow2 %s %s" % (
+                os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
+                shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
             return 0
         images = stack.enter_context(Images(stack.enter_context(opened(to)), stem, label, log))
         activity = stack.enter_context(watch.activity(stem))
@@ -5824,8 +5823,8 @@ def other_command(name, words, log, watch):
                 raise ConfigError("missing: " + missing)
             return carry_out(words, log, watch)
         except (Exception, Interrupted) as error:
-            text = re.sub(r"\A\W*ERROR\W*", "", reason_of(error).split("\n")[0])
-            log.bare("VMBACKUP UNKNOWN - %s" % printable(text).replace("|", "/"))
+            text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
+            log.bare("VMBACKUP UNKNOWN - %s" % re.sub("[|'\"]", "_", printable(text)))
             return 3
     if missing:
         return too_few("Usage: %s\n" % usage, missing)
