@@ -195,7 +195,8 @@ class ConnectionLost(XapiError):
 
     def __init__(self, reason):
         super().__init__(["CONNECTION_LOST"])
-        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", describe(reason))  # worth a password
+        text = describe(reason).replace("ERROR - ", "")  # a session is worth a password
+        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", text)
         self.args = ("the connection to the host broke: %s" % text,)
 
 
@@ -351,11 +352,7 @@ def _number(low, high):
 
 
 def _several(parse):
-    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()] or None
-
-
-def _file(text):
-    return native(text) or None
+    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()]
 
 
 def _metrics_file(text):
@@ -395,15 +392,13 @@ def parse_time(name, pattern):
 
 def _host_and_port(text):
     """(host, port or None) of `host`, `host:port`, `[v6]:port` or a bare v6 address."""
-    url = urllib.parse.urlsplit("//" + (
-        "[%s]" % text if text.count(":") > 1 and not text.startswith("[") else text))
-    host = url.hostname
-    if not host or url.username or url.path.strip("/") or url.query or url.fragment:
+    text = "[%s]" % text if text.count(":") > 1 and "[" not in text else text
+    match = re.match(r"(\[[\w:.%-]+\]|[\w.-]+)(:([0-9]{1,5}))?/?\Z", text)
+    if not match or not 0 < int(match.group(3) or 1) < 65536:
         raise ValueError
-    if not re.match(r"[\w.:%-]+\Z", host) or url.port == 0:
-        raise ValueError
+    host = match.group(1).strip("[]").lower()
     host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
-    return host, url.port
+    return host, int(match.group(3) or 0) or None
 
 
 def parse_host(text):
@@ -429,12 +424,12 @@ def is_loopback(host):
 _flag = _choice(True, False)
 _count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
-    ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
-    ("status_log", "/snapshots/NAUbackup/status.log", _file,
-     "log for monitors, a line per event, of runs with a config file; empty: none"),
+    ("backup_dir", "/snapshots/BACKUPS", native, "folder for the backups; it must exist"),
+    ("status_log", "/snapshots/NAUbackup/status.log", native,
+     "log for monitors, of runs with a config file; empty: none"),
     ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
-    ("keep_daily", "0", _count, "keep the newest backup of each of the last N days, too (days that"
-     " have one; the keep_ settings and max_backups only add to each other): 0 or more"),
+    ("keep_daily", "0", _count, "keep the newest of each of the last N days that have one, too;"
+     " these rules and max_backups only add to each other: 0 or more"),
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
@@ -444,11 +439,11 @@ SETTINGS = [Setting(*row) for row in (
      "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
-    ("host", "localhost", _several(parse_host),
-     "XAPI host: name, address, host:port, [v6]:port, https://..., http:// to a loopback address"
-     " only; several separated by commas, tried in order. With `local`: the socket's path"),
+    ("host", "localhost", _several(parse_host), "XAPI host: name, address, host:port, [v6]:port,"
+     " https://..., http:// to a loopback address only; with `local` the socket's path. Several"
+     " separated by commas are tried in order"),
     ("username", "root", str, "user to log in as"),
-    ("tls_ca", "", _file, "PEM file of the CA that signed the host's certificate"),
+    ("tls_ca", "", native, "PEM file of the CA that signed the host's certificate"),
     ("tls_fingerprint", "", _several(_fingerprint),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
@@ -456,23 +451,21 @@ SETTINGS = [Setting(*row) for row in (
     ("rate_limit", "0", _count, "MB/s for all exports together, or a restore; 0: no limit"),
     ("retries", "0", _count, "how often a failed VM is tried again after all others: 0 or more"),
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
-    ("require_mount", "False", _flag,
-     "True: no run where backup_dir lies on the file system of / (a share not mounted); False"),
+    ("require_mount", "False", _flag, "True: no run where backup_dir is on the disk of /; False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
      "name of a backup's folder: strftime, at least year, month and day, no slash"),
-    ("mail_to", "", _several(str), "receivers of the mail that is sent when mail_to, mail_from and"
-     " smtp_server are set; several by commas"),
-    ("mail_from", "", str, "sender of the mail"),
+    ("mail_to", "", _several(str), "receivers of the mail, separated by commas; it is sent when"
+     " mail_to, mail_from and smtp_server are set"),
+    ("mail_from", "", str, "its sender"),
     ("smtp_server", "", _host_and_port, "mail server: a name, an address, or host:port"),
     ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
     ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
     ("smtp_user", "", str, "login at the mail server"),
-    ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
-    ("smtp_ca", "", _file, "PEM file of the CA that signed the mail server's certificate"),
+    ("smtp_password_file", "", native, "its password, in a file made by create-password-file"),
+    ("smtp_ca", "", native, "PEM file of the CA that signed the mail server's certificate"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
-    ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
-    ("metrics_file", "", _metrics_file,
-     "a file *.prom for node_exporter's textfile collector, replaced at the end of every run"),
+    ("report_json", "", native, "report of the run as JSON, replaced at the end of every run"),
+    ("metrics_file", "", _metrics_file, "file *.prom for node_exporter, replaced likewise"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
@@ -520,10 +513,10 @@ def load_config(path):
     """read_config of the file. Raises ConfigError, with no word of the file's where none of its
     lines begins with a setting's name: it may be a password file."""
     try:
-        pairs = read_config(read_small(path, limit=MIB + 1, part=True), path)
+        data = read_small(path, limit=MIB + 1, part=True)
     except (OSError, BackupError) as error:
-        text = describe(error)
-        raise ConfigError(text if "ERROR" in text else "ERROR - cannot read %s" % text) from None
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+    pairs = read_config(data, path)
     if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
         raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
                           " a setting (for a VM of that name: vm-export=NAME)" % path)
@@ -553,12 +546,11 @@ def make_settings(config, words):
     Raises ConfigError with a line for each mistake: unknown name, value not allowed.
     """
     settings, mistakes, seen = Settings(), [], set()
-    extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
-    ignore = bool(extra) and str(extra[-1]).lower() == "true"
+    ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if ignore and in_file and key not in KNOWN and key not in RULE_KEYS:
+            if in_file and str(ignore).lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -578,30 +570,31 @@ def make_settings(config, words):
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
-    mistakes += _mail_mistakes(settings) if not mistakes else []
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+    _check_mail(settings)
     return settings
 
 
-def _mail_mistakes(settings):
-    user, mistakes, absent = settings.smtp_user, [], [
-        key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+def _check_mail(settings):
+    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
     safe = settings.smtp_starttls or settings.smtp_port == 465
-    if user and not safe and not is_loopback(settings.smtp_server or ""):
-        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
-    if user and not settings.smtp_password_file:
-        mistakes.append("ERROR - smtp_user needs smtp_password_file")
-    if not mistakes and len(absent) in (1, 2):
-        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
-    return mistakes
+    if settings.smtp_user and not safe and not is_loopback(settings.smtp_server or ""):
+        raise ConfigError("ERROR - smtp_user needs smtp_starttls=True, or its password goes in"
+                          " clear")
+    if settings.smtp_user and not settings.smtp_password_file:
+        raise ConfigError("ERROR - smtp_user needs smtp_password_file")
+    if len(absent) in (1, 2):
+        raise ConfigError("ERROR - for a mail %s must be set, too" % " and ".join(absent))
 
 
 def similar(word, names):
-    """The one of `names` that is spelled most like `word`, or ''."""
+    """The one of `names` that is spelled most like `word`, whatever the case, or ''."""
     import difflib
 
-    return "".join(difflib.get_close_matches(word.lower(), names, 1, 0.7))
+    plain = {unicodedata.normalize("NFC", name).casefold(): name for name in names}
+    word = unicodedata.normalize("NFC", word).casefold()
+    return "".join(plain[name] for name in difflib.get_close_matches(word, plain, 1, 0.66))
 
 
 def allowed(word, names):
@@ -633,15 +626,12 @@ def _parse_setting(key, value, where):
     setting = KNOWN[key]
     if not value and (not setting.default or key == "status_log"):
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         parsed = setting.parse(value)
-        if parsed in (None, ""):
-            raise ValueError
-        return parsed
-    except (ValueError, KeyError):
-        hint = meant(value) if " #" in value else ""
-        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s"
-                          % (where, key, value, setting.about, hint)) from None
+        if parsed not in ("", []):
+            return parsed
+    raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s" % (
+        where, key, value, setting.about, meant(value) if " #" in value else ""))
 
 
 # ============================== password and hosts ==============================
@@ -736,70 +726,59 @@ Selection = collections.namedtuple(
 def select(rules, names, only=()):
     """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
 
-    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Simple
-    names come first, regular expressions do not replace them, among equals the last definition
-    counts, exclude wins, and what vdi-export chose is not vm-exported. Pure. Raises ConfigError;
-    an expression of exponential time may take for ever.
+    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Pure.
+    Raises ConfigError; an expression of exponential time may take for ever.
     """
-    every, mistakes, found = sorted(names), [], []
-    for rule in rules:
-        try:
-            found.append((rule, _matching(rule, every, names)))
-        except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    excludes = [(rule, hits) for rule, hits in found if rule.key == "exclude"]
-    owners = {name: rule for rule, hits in excludes for name in hits}  # who decided of each VM
-    choices, excluded = [], list(owners)
+    every, choices = sorted(names), []
+    found = _match(rules, every)
+    owners = {name: rule for rule, hits in found if rule.key == "exclude" for name in hits}
+    excluded = list(owners)
     for kind in ("vdi-export", "vm-export"):
-        chosen = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
-        by_regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
-                    for name in hits}
-        for name, rule in list(by_regex.items()):
-            chosen.setdefault(name, rule)
-        for name, rule in chosen.items():
+        simple = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
+        regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
+                 for name in hits}
+        for name, rule in {**simple, **regex, **simple}.items():  # simple ones come first, and win
             if name not in owners:
                 owners[name] = rule
                 choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-    taken = {choice.name for choice in choices}
-    lost = [(rule, hits) for rule, hits in found if not hits]
+    taken = [choice.name for choice in choices]
+    left = [name for name in every if name not in set(taken)]
+    lost = [rule for rule, hits in found if not hits]
     if only:
-        chosen = {choice.name: choice.refs for choice in choices}
-        wanted = [(rule, _matching(rule, sorted(chosen), chosen)) for rule in only]
+        wanted = _match(only, taken)
         kept = {name for _, hits in wanted for name in hits}
         choices = [choice for choice in choices if choice.name in kept]
-        lost += [(rule, hits) for rule, hits in wanted if not hits]
+        lost += [rule for rule, hits in wanted if not hits]
         if not choices:
             raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
-                _unmatched(rule, sorted(chosen)) for rule in only))
+                "only=%s%s" % (rule.value, _hint(rule, taken)) for rule in only))
     return Selection(
-        choices, excluded, [name for name in every if name not in taken],
-        [rule.value for rule, _ in lost if rule.key == "exclude"],
-        [_unmatched(rule, every) for rule, _ in lost
+        choices, excluded, left, [rule.value for rule in lost if rule.key == "exclude"],
+        ["%s=%s%s" % (rule.key, rule.value, _hint(rule, every)) for rule in lost
          if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
         _notes(found, owners, every))
 
 
-def _unmatched(rule, names):
-    hint = (not rule.simple and meant(rule.name)) or _perhaps(rule.name, names)
-    return "%s=%s%s" % (rule.key, rule.value, hint)
-
-
-def _matching(rule, every, names):
-    """The names that a Rule matches; one that is exactly its value is always meant, too."""
-    if rule.simple:
-        return [rule.name] if rule.name in names else []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            match = re.compile(rule.name).match
-    except (re.error, ValueError, OverflowError, RecursionError):
-        if rule.name in names:
-            return [rule.name]
-        raise ConfigError("***ERROR - invalid regex: %s=%s%s"
-                          % (rule.key, rule.value, meant(rule.name))) from None
-    return [name for name in every if name == rule.name or match(name)]
+def _match(rules, names):
+    """[(Rule, the names that it matches)]; a name that is exactly its value is always meant, too.
+    Raises ConfigError with a line for each that neither compiles nor is a name."""
+    found, mistakes, there = [], [], set(names)
+    for rule in rules:
+        hits = [rule.name] if rule.name in there else []
+        try:
+            if not rule.simple:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    match = re.compile(rule.name).match
+                hits = [name for name in names if name == rule.name or match(name)]
+        except (re.error, ValueError, OverflowError, RecursionError):
+            if not hits:
+                mistakes.append("***ERROR - invalid regex: %s=%s%s" % (
+                    rule.key, rule.value, meant(rule.name)))
+        found.append((rule, hits))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
 
 
 def _notes(found, owners, every):
@@ -807,47 +786,23 @@ def _notes(found, owners, every):
     notes, decided = [], {id(rule) for rule in owners.values()}
     for rule, hits in found:
         text = "NOTE - %s=%s: " % rule[:2]
-        if not hits:
-            hint = meant(rule.name) if rule.key == "exclude" and not rule.simple else ""
-            hint = hint or (_perhaps(rule.name, every) if rule.simple else "")
-            notes += [text + "no VM bears this name" + hint] if hint else []
-        elif id(rule) not in decided and rule.key != "exclude":
+        if not hits and (rule.simple or rule.key == "exclude") and _hint(rule, every):
+            notes.append(text + "no VM bears this name" + _hint(rule, every))
+        elif hits and id(rule) not in decided and rule.key != "exclude":
             by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
             more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
             notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
-        if hits and not rule.simple and rule.name in hits:
+        if rule.name in hits and not rule.simple:
             others = [name for name in hits if name != rule.name]
-            notes.append("%sthe VM of just this name is meant; it is no simple name but a regular"
-                         " expression, it may match others too%s"
-                         % (text, ": " + ", ".join(others[:5]) if others else ""))
+            notes.append("%sthe VM of just this name is meant; as a regular expression it may match"
+                         " others too%s" % (text, ": " * bool(others) + ", ".join(others[:5])))
     return notes
 
 
-def _perhaps(name, names):
-    near = nearest(name, names)
-    return ' (perhaps "%s" is meant)' % near if near else ""
-
-
-def nearest(name, names):
-    """The one of `names` that differs from `name` only in case or by a letter, or ''."""
-    mine = _plain(name)
-    near = [(_plain(other) != mine, re.sub(r"\d", "", other) == re.sub(r"\d", "", name), other)
-            for other in names if other != name and _one_letter_apart(mine, _plain(other))]
-    return min(near)[2] if near else ""
-
-
-def _plain(name):
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _one_letter_apart(one, two):
-    """True where one letter is too much, missing, another, or swapped with the next; or none."""
-    if abs(len(one) - len(two)) > 1:
-        return False
-    start = len(os.path.commonprefix([one, two]))
-    one, two = one[start:], two[start:]
-    return one[1:] == two[1:] or one[1:] == two or one == two[1:] or (
-        one[:2] == two[1::-1] and one[2:] == two[2:])
+def _hint(rule, names):
+    """What a rule that matches nothing probably means, in brackets, or ''."""
+    near = similar(rule.name, names)
+    return meant(rule.name) or (' (perhaps "%s" is meant)' % near if near else "")
 
 
 # ============================== names, folders and retention ==============================
@@ -884,6 +839,7 @@ STREWN = re.compile(
     r"ehthumbs_vista\.db\Z|desktop\.ini\Z)|\.nfs[^/]+\Z|\.__?smb[^/]+\Z|"
     r"\.smbdelete[^/]+\Z|\.fuse_hidden[^/]+\Z|(@eaDir|@SynoEAStream|@SynoResource|\.@__thumb|"
     r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of another kind
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
 PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
            ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
@@ -908,11 +864,10 @@ def folder_name(name):
 def vm_name(folder):
     """The VM's name that a folder's name on disk tells: folder_name undone (a cut one stays)."""
     text = "" if folder == "%" else from_argv(folder)
-    data = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes.fromhex(match.group(1).decode()),
-                  utf8(text))
-    with contextlib.suppress(UnicodeDecodeError):  # 3.25 wrote a % as it is
-        text = data.decode("utf-8", "surrogatepass")
-    return text
+    try:
+        return urllib.parse.unquote_to_bytes(utf8(text)).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # 3.25 wrote a % as it is
+        return text
 
 
 def open_folder(name, dir_fd=None):
@@ -948,28 +903,26 @@ def scan(vm_fd, patterns, vm=None):
     VM's folder itself cannot be read."""
     found = []
     for name in os.listdir(vm_fd):
-        text = from_argv(name)
+        text, item = from_argv(name), Folder(name)
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
-        moment, dated = next(filter(None, moments), None), Folder(name)
-        if moment:
-            with contextlib.suppress(OSError, OverflowError, ValueError):
-                dated = Folder(name, moment.timestamp(), date=moment.date())
-        look = dated.created is not None or patterns is None
+        moment = next(filter(None, moments), None)
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            item = Folder(name, moment.timestamp(), date=moment.date()) if moment else item
+        ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
-                item = _look(fd, dated, vm) if look else dated
-                found.append(item if item.created is not None else dated)
+                seen = _look(fd, item, vm) if ours else item
+                found.append(seen if seen.created is not None else item)
         except OSError as error:
-            gone = (errno.ENOTDIR, errno.ELOOP, errno.ENOENT)  # no folder, or pruned meanwhile
-            if error.errno not in gone:
-                found.append(dated._replace(error=describe(error) if look else ""))
+            if error.errno not in ABSENT:
+                found.append(item._replace(error=describe(error) if ours else ""))
     return found
 
 
-def _look(fd, dated, vm):
-    """The whole Folder: its descriptor, and what its name tells."""
-    inside, created, uuid, size = os.listdir(fd), dated.created, "", 0
-    marker, text = _marker(fd, inside)
+def _look(fd, item, vm):
+    """The Folder `item`, of which the name alone is known, with what is in it."""
+    inside, created, uuid, size = os.listdir(fd), item.created, "", 0
+    marker, text = read_marker(fd, inside)
     told = re.match(rb"created=([0-9]{1,11})\n", text)
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
@@ -981,26 +934,25 @@ def _look(fd, dated, vm):
     if "vm.cfg" in inside:
         with contextlib.suppress(OSError, BackupError):
             uuid = read_cfg("vm.cfg", fd).get("orig_uuid", "")
-    more = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
-    strewn = {name for name in more if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in more if name not in strewn and not _may_lie(name, vm)]
+    strewn = {name for name in inside if STREWN.match(name) or STREWN.match(name + "/")}
+    foreign = [name for name in inside if name not in strewn and not _may_lie(name, vm)
+               and not OWN_FOLDERS.match(name)]
     begun = any(name.endswith(".partial") for name in inside if name not in strewn)
     pinned = "keep" in inside
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(dated.name, created, marker, unfinished, pinned, export, size, uuid, dated.date,
+    return Folder(item.name, created, marker, unfinished, pinned, export, size, uuid, item.date,
                   "", min(foreign, default=None))
 
 
-def _marker(fd, inside):
-    """(name of the marker or None, what it says)."""
-    for name in MARKERS:
-        if name in inside:
-            try:
-                return name, read_small(name, fd, 4096)
-            except (OSError, BackupError):
-                with contextlib.suppress(FileNotFoundError):
-                    if stat.S_ISREG(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-                        return name, b""
+def read_marker(fd, inside):
+    """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
+    for one that cannot be read: such a folder is not known to be unfinished."""
+    for name in sorted(set(MARKERS).intersection(inside)):
+        try:
+            return name, read_small(name, fd, 4096, part=True)
+        except (OSError, BackupError) as error:
+            if getattr(error, "errno", errno.ENOENT) not in ABSENT:
+                raise
     return None, b""
 
 
@@ -1071,7 +1023,7 @@ def _may_lie(path, vm):
     """Whether a file of this path may lie in a backup's folder. An export bears the name of the
     VM's folder: anything else.raw may be what a user unpacked."""
     export = EXPORT.match(path[:-8] if path.endswith(".partial") else path)
-    if export:
+    if export and not STREWN.match(path):  # .AppleDouble/NAME.xva
         return vm is None or _form(vm) == _form(export.group(1))
     return bool(OWN_FILES.match(path) or STREWN.match(path))
 
@@ -1618,7 +1570,7 @@ LOOK = 0.2  # seconds
 STOP_GRACE = 5  # seconds a call may still take at a stop: the host may just have made a session
 CLEANUP_GRACE = 20  # seconds for each call that is begun after it, to clean up
 STOP_ENDS = 55  # seconds after which a stop ends the program, whatever hangs
-ONE_SIGNAL = 0.1  # seconds within which a signal and its echo are one: timeout(1) sends it twice
+ONE_SIGNAL = 0.2  # seconds within which a signal and its echo are one: timeout(1) sends it twice
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
            signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
@@ -2099,32 +2051,43 @@ class Xapi:
                         raise
         return found
 
+    def wait_for(self, task, patience, late, heed=True):
+        """The record of a task once it has ended, None if it is gone.
+
+        Raises XapiError with the text `late` after `patience` seconds, and at a stop Interrupted,
+        or unless that is to be heeded XapiError when time runs out.
+        """
+        end, pause = time.monotonic() + patience, 0.02
+        while True:
+            if heed:
+                self.watch.check()
+            record = self.records("task", [task]).get(task)
+            if record is None or record["status"] not in ("pending", "cancelling"):
+                return record
+            if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
+                raise XapiError(["TASK_TIMEOUT"], late)
+            self.watch.sleep(pause) if heed else time.sleep(pause)
+            pause = min(pause * 1.5, 2)
+
     def run_task(self, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
 
         At a stop the task is cancelled; if it ended well all the same its result is returned, so
         that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
-        task = self.call("Async." + method, *args)
-        end, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
+        task, late = self.call("Async." + method, *args), "%s did not end within %d s"
         try:
-            while True:
-                record = self.call("task.get_record", task)
-                if record["status"] not in ("pending", "cancelling"):
-                    break
-                if self.watch.signum and not asked:
-                    asked, end = True, time.monotonic() + CLEANUP_GRACE
-                    with contextlib.suppress(XapiError):
-                        self.call("task.cancel", task)
-                if time.monotonic() > end:
-                    self.watch.check()
-                    doing = "%s did not end within %d s" % (method, SNAPSHOT_TIMEOUT)
-                    raise XapiError(["TASK_TIMEOUT"], doing)
-                time.sleep(pause) if asked else self.watch.sleep(pause)
-                pause = min(pause * 1.5, 2)
+            try:
+                record = self.wait_for(task, SNAPSHOT_TIMEOUT, late % (method, SNAPSHOT_TIMEOUT))
+            except Interrupted:
+                with contextlib.suppress(XapiError):
+                    self.call("task.cancel", task)
+                record = self.wait_for(task, CLEANUP_GRACE, late % (method, CLEANUP_GRACE), False)
         finally:
             with contextlib.suppress(XapiError):
                 self.call("task.destroy", task)
+        if record is None:
+            raise told_error(["HANDLE_INVALID", "task", task], self.handle, method)
         if record["status"] != "success":
             self.watch.check()
             raise told_error(record["error_info"], self.handle, method)
@@ -2184,6 +2147,14 @@ class Elsewhere(XapiError):
     def __init__(self, location):
         super().__init__(["REDIRECT", location], "the host sends the request elsewhere")
         self.location = location
+
+
+class GivenUp(ConnectionLost):
+    """A stream was ended from this side, for a reason of its own."""
+
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.args = (reason,)
 
 
 class Body:
@@ -2254,7 +2225,7 @@ class Stream:
         self._path, self._query, self._put = path, query, put
         self.endpoint = endpoint or xapi.endpoint
         self.task = self.sock = self._answer = self._body = None
-        self.begun = self.ended = self._cancelled = False
+        self.begun = self.ended = False
         self.reason = None  # why it was given up
         self.received, self.result = 0, []
         self._touched = self._answered = self._moved = self._asked = time.monotonic()
@@ -2317,8 +2288,7 @@ class Stream:
         try:
             self._answer = answer = make_adapter(self).send(request, stream=True)
         except BROKEN as error:
-            self.watch.check()
-            raise ConnectionLost(self.reason or innermost(error)) from None
+            raise self._lost(error) from None
         self._touched = time.monotonic()
         location = answer.headers.get("Location", "")
         if answer.status_code in (301, 302, 307, 308) and location:
@@ -2348,12 +2318,15 @@ class Stream:
         try:
             count = self._body.readinto(view)
         except BROKEN + (ValueError,) as error:
-            self.watch.check()
-            raise ConnectionLost(self.reason or error) from None
-        self.watch.check()
-        if self.reason:  # a socket that was shut down may look like one that has ended
-            raise ConnectionLost(self.reason)
+            raise self._lost(error) from None
+        if self.reason or self.watch.signum:  # the end may be that of a socket that was shut
+            raise self._lost(None)
         return count
+
+    def _lost(self, error):
+        """What ended the connection; Interrupted if it was a stop."""
+        self.watch.check()
+        return GivenUp(self.reason) if self.reason else ConnectionLost(innermost(error))
 
     def readinto(self, view):
         """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
@@ -2432,27 +2405,18 @@ class Stream:
         self.reason = self.reason or reason
         shut(self.sock)
 
-    def _end(self, patience):
-        """The task's record once it has ended, None if it is gone. Raises XapiError if it has not
-        within `patience` seconds."""
-        end, pause = time.monotonic() + patience, 0.1
-        while True:
-            if not self._cancelled:
-                self.watch.check()
-            record = self.xapi.records("task", [self.task]).get(self.task)
-            if record is None or record["status"] not in ("pending", "cancelling"):
-                self.ended = True
-                return record
-            if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
-                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1)
+    def _end(self, patience, heed=True):
+        """The task's record once it has ended, None if it is gone; see wait_for."""
+        late = "the stream ended but its task did not"
+        record = self.xapi.wait_for(self.task, patience, late, heed)
+        self.ended = True
+        return record
 
     def failure(self):
         """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
         task of an early failure may stay pending for ever, see xapi_http.ml)."""
         with contextlib.suppress(XapiError):
-            record = self._end(FAILURE_ENDS)
+            record = None if self.reason else self._end(FAILURE_ENDS)
             if record and record["status"] != "success":
                 return told_error(record["error_info"], self.xapi.handle)
         return None
@@ -2478,12 +2442,11 @@ class Stream:
         self.watch.streams.discard(self)
         self._disconnect()
         if self.begun and not self.ended:
-            self._cancelled = True
             with contextlib.suppress(BackupError):
                 self.xapi.call("task.cancel", self.task)
             with contextlib.suppress(BackupError):
                 if self._put:
-                    self._end(IMPORT_ENDS)
+                    self._end(IMPORT_ENDS, False)
         with contextlib.suppress(BackupError):
             if self.task:
                 self.xapi.call("task.destroy", self.task)
@@ -2702,13 +2665,15 @@ class Outcome:
         self.say("WARNING %s" % text)
 
     @contextlib.contextmanager
-    def recorded(self):
+    def recorded(self, watch):
         """Takes the time of one attempt, and keeps its error instead of letting it out."""
         begin, self.error, self.status = time.monotonic(), None, "ERROR"
         self.attempts += 1
         try:
             yield
         except (Exception, Interrupted) as error:
+            if isinstance(error, ConnectionLost) and watch.signum:  # it was the stop that broke it
+                error = Interrupted(watch.signum)
             self.error, self.final = reason_of(error), getattr(error, "final", False)
             self.locked = isinstance(error, LockedError)
             self.status = "ERROR locked" if self.locked else self.status
@@ -3468,12 +3433,12 @@ def vouch(saved, outcome):
 def metadata(xapi, plan, snapshot, folder, run, outcome):
     """Yields (file, text) of what lies beside the export: values as of the snapshot (of a
     vdi-export as of the VM), uuids of the originals."""
-    ova = None
+    own = []
     try:
-        ova = fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
-        yield "vm-metadata.xml", ova
+        yield "vm-metadata.xml", fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
     except BackupError as error:
         outcome.warn("no vm-metadata.xml: %s" % error)
+        own = [("vm_metadata", "none")]  # so that verify knows that it never was there
     vm = snapshot.record if snapshot.of_vm else plan.vm
     disks = snapshot.disks if snapshot.of_vm else plan.disks
     guests = (vm.get("guest_metrics", NULL), plan.vm.get("guest_metrics", NULL))
@@ -3481,8 +3446,8 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
     os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
     left_out = ["%s: %s" % (disk.label, disk.vdi["name_label"])
                 for disk in plan.disks if disk.left_out]
-    own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
-           ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
+    own += [("base_template_name", vm["other_config"].get("base_template_name", "")),
+            ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
     own += [("disks_left_out", ", ".join(left_out))] if left_out else []
     yield "vm.cfg", cfg(dict(vm, name_label=plan.choice.name), (
         "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
@@ -3619,12 +3584,8 @@ def quoted(text):
 
 
 def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure.
-
-    facts: a namespace of name, folder, file, kind, backup_dir, sr_name, sr_uuid, pool, host (the
-    Endpoint's text), memory (bytes), vcpus, uuid, disks [(label, name, bytes, uuid)], networks
-    [(device, network's name, MAC)].
-    """
+    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: a namespace, see
+    metadata(); disks: (label, name, bytes, uuid), networks: (device, network's name, MAC)."""
     caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
     folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
     form = facts.file.rpartition(".")[2]
@@ -3966,8 +3927,10 @@ class Run:
         earlier = outcome.error
         if not earlier:
             self.status(choice.kind, "begin", choice.name)
-        with outcome.recorded(), self.watch.activity(label) as activity:
+        with outcome.recorded(self.watch), self.watch.activity(label) as activity:
             back_up_vm(self, xapi, choice, outcome, activity)
+        if outcome.error and self.watch.signum:  # whatever broke, the stop was its cause
+            outcome.error = str(Interrupted(self.watch.signum))
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
             return True
@@ -3994,7 +3957,7 @@ class Run:
         if self.watch.signum and not outcome.attempts:
             outcome.skipped = True
             return False
-        with outcome.recorded(), self.watch.activity("pool database") as activity:
+        with outcome.recorded(self.watch), self.watch.activity("pool database") as activity:
             self._dump(xapi, outcome, activity)
         if outcome.error:
             again = tries_left and not outcome.final and not self.watch.signum
@@ -4734,7 +4697,7 @@ def take_stock(top, settings, watch):
     above, folder = os.path.split(top)
     shelves = []
     with opened(top) as fd:
-        if not settings and _marker(fd, os.listdir(fd))[0]:
+        if not settings and read_marker(fd, os.listdir(fd))[0]:
             with opened(above) as vm_fd:
                 shelf = _shelf(vm_fd, os.path.basename(above), patterns)
             return [shelf._replace(found=[x for x in shelf.found if x.name == folder])], True
@@ -4857,9 +4820,24 @@ def _age(facts):
 
 
 def check_command(words, log, watch):
-    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
-    Returns the exit status; what it raises means 3, UNKNOWN."""
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first; the
+    line in any case. Returns the exit status."""
+    try:
+        return _check(words, log, watch)
+    except (Exception, Interrupted) as error:
+        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
+        log.bare("VMBACKUP UNKNOWN - %s" % _plain(text))
+        return 3
+
+
+def _plain(text):
+    return re.sub("[|'\"`]", "_", printable(text))
+
+
+def _check(words, log, watch):
     ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
+    if not words:
+        raise ConfigError("missing: <config-file|folder>")
     for word in words[1:]:
         age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
         if age:
@@ -4915,8 +4893,7 @@ def _judge(vm, shelves, warn, crit):
     if errors:
         status, text = 3, "cannot be read: " + errors[0]
     order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
-    name, text = (re.sub("[|'\"`]", "_", printable(item)) for item in (vm, text))
-    return order, status, name, age, text
+    return order, status, _plain(vm), age, _plain(text)
 
 
 # ============================== verify and extract ==============================
@@ -5211,8 +5188,8 @@ class Log:
     locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
     what was logged."""
 
-    def __init__(self, out, err, environment):
-        self.lines = []
+    def __init__(self, out, err, environment, watch=None):
+        self.lines, self._watch = [], watch
         self._out, self._err, self._lock = out, err, threading.Lock()
         self._shown, self._told = "", time.monotonic()
         rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
@@ -5228,17 +5205,17 @@ class Log:
             self._show("")
             if self._colour and (bad or odd):
                 line = "\x1b[%sm%s\x1b[0m" % ("31" if bad else "33", line)
-            write_text(self._out, line + "\n")
+            write_text(self._out, line + "\n", self._watch)
 
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
         with self._lock:
             self._show("")
-            write_text(self._out, text + "\n")
+            write_text(self._out, text + "\n", self._watch)
 
     def _show(self, text):
         if self._shown or text:
-            write_text(self._err, "\r\x1b[K" + text)
+            write_text(self._err, "\r\x1b[K" + text, self._watch)
             self._shown = text
 
     def close(self):
@@ -5329,9 +5306,15 @@ def path_bytes(text):
     return text.encode("utf-8", "backslashreplace")
 
 
-def write_text(stream, text):
-    """Writes UTF-8 at once; a reader that went away stops no backup."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+def write_text(stream, text, watch=None):
+    """Writes UTF-8 at once; a reader that went away stops no backup, and one that reads no more
+    holds up no stop: with `watch`, of a real file."""
+    import select
+
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        while watch and not select.select([], [stream], [], LOOK)[1]:
+            if watch.signum:
+                return
         getattr(stream, "buffer", stream).write(path_bytes(text))
         stream.flush()
 
@@ -5645,46 +5628,38 @@ Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR
 """
 # Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
 HELP = """\
-<password>          the password itself; or a file made by create-password-file; or - (one line of \
-standard input, asked for on a terminal); or local (XAPI's socket in this dom0: no password at all)
-<config-file>       the usual choice for cron; see: vmbackup.py config
-<vm-selector>       a VM's name or a regular expression; :N behind it keeps N backups instead of \
-max_backups; vdi-export=SELECTOR takes only the first disk
+<password>          itself; or a file made by create-password-file; or - (a line of standard \
+input); or local (XAPI's socket in this dom0: no password)
+<config-file>       for cron; see: vmbackup.py config
+<vm-selector>       a VM's name or a regular expression; :N behind it replaces max_backups; \
+vdi-export=SELECTOR takes only the first disk
 preview             connects, checks and shows what would be done; changes nothing
-only=SELECTOR       of the chosen VMs only those that it matches: repeats one with its config file
+only=SELECTOR       of the chosen VMs only those that it matches
 create-password-file=FILE  writes the password, encoded, into a file for its owner's eyes only
-verify              proves every backup on disk again: checksums, archive, metadata; no password, \
-no network, changes nothing
-list                which backups there are, how old and large, what is odd about them; of one VM \
-each with the rule that keeps it; json for programs
-check               a line for Nagios, Icinga and their like, then one for each VM without a \
-backup younger than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, \
-3 UNKNOWN
+verify              proves every backup on disk again: checksums, archive, metadata
+list                which backups there are; of one VM each with the rule that keeps it
+check               a line for Nagios and its like, then one for each VM without a backup younger \
+than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
 extract             writes the disks of an XVA as sparse images NAME-xvda.raw into the folder to= \
-(default: the current one), or just disk=; replaces no file
-restore             makes a new, halted VM (vdi-export: a disk) of a backup, proved while it is \
-sent; changes nothing that is on the pool. With a config file: of the VM's newest backup, or \
-backup=FOLDER. sr=SR: name or uuid, instead of the pool's default. as=NAME: instead of the \
-original's. preserve=True: with its MAC addresses. host, username, tls_* and rate_limit as below
+(default: the current one), or just disk=
+restore             makes a new, halted VM (vdi-export: a disk) of the newest backup or of \
+backup=FOLDER, on sr=SR (name or uuid), called as=NAME, with its MAC addresses if preserve=True; \
+changes nothing that is on the pool
 Exit status         0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was \
 started, 4 another run holds the lock, 128+n stopped by signal n
 
-name=value          one of these settings, in the config file or, overriding it, as an argument:
+name=value          a setting, in the config file or, overriding it, as an argument:
 """
 CONFIG = """\
 # Example config file for vmbackup.py: name=value lines, '#' comments on lines of their own.
 # A setting that is not given has the default shown here.
 
-#### settings ####
-
 %s
 #### which VMs ####
-# Only letters, digits, space, '-' and '_': the name of one VM. Anything else is a regular
-# expression, matched from the start of the name; the VM of just that name is meant, too.
-# ':N' at the end overrides max_backups. Simple names win over regular expressions, later lines
-# over earlier ones, exclude over all.
+# Letters, digits, space, '-' and '_' only: the name of one VM. Anything else: a regular expression,
+# matched from the start of the name. ':N' at the end replaces max_backups. Simple names win over
+# regular expressions, later lines over earlier ones, exclude over all.
 
-# exclude selected VMs
 #exclude=PROD-WinDomainController
 #exclude=TEMP-.*
 
@@ -5693,7 +5668,6 @@ CONFIG = """\
 
 # vm-export: whole VMs (an empty vm-export= means all)
 #vm-export=my-vm-name
-#vm-export=my-third-vm:3
 #vm-export=PROD.*
 #vm-export=DEV.*:2
 """
@@ -5703,19 +5677,14 @@ EXAMPLE = """\
   vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
   vmbackup.py local weekend.cfg
-# one VM again, as the config file says; one VM (names are case sensitive); only its first disk
+# one VM again; all whose names begin with DEV-my, without a config file
   vmbackup.py local weekend.cfg only=DEV-mySql
-  vmbackup.py - "DEV mySql"
-  vmbackup.py - vdi-export=DEV-mySql
-# all VMs of a pool whose names begin with DEV-my, keeping 2 backups of each
   vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-# which backups there are, whether any is late, whether they are still whole
+# what is there, whether any is late, whether all are whole; a VM back
   vmbackup.py list weekend.cfg
   vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
-# a VM back, beside the one that is there; its disks as images
   vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
-  vmbackup.py extract '/mnt/backup/DEV-mySql/backup-2026-11-23-(02:00:00)' to=/mnt/images
 """
 
 
@@ -5727,19 +5696,16 @@ def config_text():
 
 def help_text(topic=""):
     """All of the help, or its part about one word, as wide as the terminal (40 to 100 columns)."""
-    lines = HELP.splitlines() + ["%-19s %s (default: %s)" % (
+    usage, lines = USAGE.splitlines() + [""], HELP.splitlines() + ["%-19s %s (default: %s)" % (
         item.name, item.about, item.default or "none") for item in SETTINGS]
     if topic:
-        part = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
-        if topic not in part:
-            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(part))))
-        lines = usage_of(topic) + [part[topic]]
-    else:
-        lines = USAGE.splitlines() + [""] + lines
+        parts = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
+        if topic not in parts:
+            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(parts))))
+        usage, lines = usage_of(topic), [parts[topic]]
     width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
-    indents = [re.match(r"\S+ ?\S*  +|Usage: | *", line).end() or 7 for line in lines]
-    folded = [fold(line, width, " " * min(indent, width // 2))
-              for line, indent in zip(lines, indents)]
+    folded = [fold(line, width, " " * 7) for line in usage]
+    folded += [fold(line, width, " " * min(20, width // 3)) for line in lines]
     return "\n".join(itertools.chain(*folded)) + "\n"
 
 
@@ -5786,12 +5752,9 @@ def dispatch(words, log, watch):
     if first in COMMANDS:
         return other_command(first, words[1:], log, watch)
     if len(words) < 2:
-        near = similar(first, COMMANDS + tuple(TEXTS))
-        missing = "<config-file|vm-selector>"
-        if not words or DRY_RUN.match(first) or first.startswith("create-password-file") or (
-                is_config(native(words[0]))):
-            missing = "<password> (itself, a password file, - or local) in front of " + missing
-        return too_few(USAGE, missing + (", or did you mean %s?" % near if near else ""))
+        near = similar(first, list(COMMANDS) + list(TEXTS))
+        return too_few(USAGE, "<password> or <config-file|vm-selector>: both are needed%s" % (
+            ", or did you mean %s?" % near if near else ""))
     check_order(*words[:2])
     key, _, value = words[1].partition("=")
     if key.lower() == "create-password-file":
@@ -5810,28 +5773,18 @@ def too_few(usage, missing):
 
 def other_command(name, words, log, watch):
     """verify, list, check, extract or restore; returns the exit status."""
-    carry_out = {"verify": verify_command, "list": list_command, "check": check_command,
-                 "extract": extract_command, "restore": restore_command}[name]
     if words and words[0].lower() in ("-h", "--help"):
         write_text(sys.stdout, help_text(name))
         return 0
     usage = usage_of(name)[0][7:]
     missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if name == "check":  # monitors read its one line on standard output, whatever happens
-        try:
-            if missing:
-                raise ConfigError("missing: " + missing)
-            return carry_out(words, log, watch)
-        except (Exception, Interrupted) as error:
-            text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
-            log.bare("VMBACKUP UNKNOWN - %s" % re.sub("[|'\"]", "_", printable(text)))
-            return 3
-    if missing:
+    if missing and name != "check":  # which tells a monitor so
         return too_few("Usage: %s\n" % usage, missing)
     if name == "restore":
         check_order(*words[:2])
         check_packages()
-    return carry_out(words, log, watch)
+    return {"verify": verify_command, "list": list_command, "check": check_command,
+            "extract": extract_command, "restore": restore_command}[name](words, log, watch)
 
 
 def is_config(path):
@@ -5928,11 +5881,11 @@ def parse_selector(text):
         return key, value, "command line"
     if not bare:
         raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
-    near = similar(key, ("vm-export", "vdi-export", "create-password-file")) if separator else ""
-    if DRY_RUN.match(text) or near or separator and key in tuple(KNOWN) + ("exclude", "only"):
-        raise ConfigError(
-            "ERROR - invalid parameter %s: the second argument is a config file or a VM selector%s"
-            % (text, ", did you mean %s=?" % near if near else "; preview stands behind it"))
+    words = RULE_KEYS + ("only", "create-password-file")
+    if DRY_RUN.match(text) or separator and (key in KNOWN or similar(key, words)):
+        raise ConfigError("ERROR - invalid parameter %s: the second argument is a config file, a VM"
+                          " selector, vm-export= or vdi-export=; preview and settings stand behind"
+                          " it" % text)
     if "/" in text or bare.lower().endswith((".cfg", ".conf", ".ini")):
         raise ConfigError("ERROR - no such config file: %s (for a VM of that name: vm-export=%s)"
                           % (text, text))
@@ -5956,33 +5909,24 @@ def check_outputs(settings, log):
         if settings.config_file:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    mistakes, taken = [], {os.path.realpath(settings.config_file or "/")}
-    for key, begin in (("status_log", rb""), ("report_json", rb"\s*(\{|\Z)"),
+    mistakes, taken = [], [os.path.realpath(settings.config_file or "/")]
+    for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
-        if path and (key != "status_log" or settings.config_file):
-            problem = _problem(path, begin, taken)
-            if problem:
-                mistakes.append("ERROR - %s=%s: %s" % (key, path, problem))
+        if path and (settings.config_file or key != "status_log"):
+            try:
+                if os.path.realpath(path) in taken:
+                    raise BackupError("this file serves for something else")
+                if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                    raise BackupError("give a file in a folder that exists")
+                if path != os.devnull and os.path.exists(path) and not re.match(
+                        begin, read_small(path, limit=99, part=True)):
+                    raise BackupError("what it holds is none of this program's")
+            except (OSError, BackupError) as error:
+                mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
                 setattr(settings, key, None)
-            taken.add(os.path.realpath(path))
+            taken.append(os.path.realpath(path))
     return mistakes
-
-
-def _problem(path, begin, taken):
-    """Why a run must not write there, or None. begin: how a file that is there has to begin."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        return "give a file in a folder that exists"
-    if os.path.realpath(path) in taken:
-        return "this file serves for something else"
-    if not os.path.exists(path) or (not begin and stat.S_ISCHR(os.stat(path).st_mode)):
-        return None  # the status log may be /dev/null
-    try:
-        if not re.match(begin, read_small(path, limit=99, part=True)):
-            return "what is in this file would be replaced, and it is none of this program's"
-    except (OSError, BackupError):
-        return "it is no regular file that can be read"
-    return None
 
 
 def check_paths(settings):
@@ -6001,13 +5945,14 @@ def check_paths(settings):
             settings.warnings.append("***WARNING - %s; backups there may fill this dom0" % text)
     for key in ("tls_ca", "smtp_ca", "smtp_password_file"):
         file = getattr(settings, key)
-        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
-            raise ConfigError("ERROR - %s=%s: there is no such file to read" % (key, file))
         try:
+            if file:
+                read_small(file, part=True)  # a pipe would be waited for
             if file and key.endswith("_ca"):
                 ssl.create_default_context(cafile=file)
-        except (OSError, ValueError):
-            raise ConfigError("ERROR - %s=%s holds no certificate" % (key, file)) from None
+        except (OSError, BackupError) as error:
+            raise ConfigError("ERROR - %s=%s cannot be used: %s" % (
+                key, file, describe(error))) from None
     if settings.compress == "zstd" and not has_zstd():
         raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
                           " could be proved: install it, or set compress=gzip")
@@ -6019,7 +5964,7 @@ def main(argv=None) -> int:
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     watch = Watch()
     watch.install()
-    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ)) as log:
+    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
         return command(words, log, watch)
 
 

@@ -204,24 +204,29 @@ def test_the_last_resort(turn, method):
     assert finish(process).status == 128 + signal.SIGTERM
 
 
-def test_a_reader_of_the_log_that_reads_no_more(turn):
+@pytest.mark.parametrize("full", ["before the snapshot is marked", "in the export"])
+def test_a_reader_of_the_log_that_reads_no_more(turn, full):
     """The pipe is full. A stop ends the program all the same, and leaves nothing on the pool."""
     site = turn(one_vm())
     site.configure("vm-export=web")
-    site.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
+    if full == "in the export":
+        site.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
+    else:
+        site.sim.fault("rpc_hang", method="VM.add_to_other_config", times=1)
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, vmbackup\nvmbackup.STOP_ENDS = 8\nsys.exit("
+        [sys.executable, "-c", "import sys, vmbackup\nvmbackup.STOP_ENDS = 30\nsys.exit("
          "vmbackup.main())", site.sim.password, str(site.config)], cwd=str(ROOT),
         stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(site.backups.glob("web/backup-*/web.xva.partial")))
+    wait_until(lambda: site.sim.faults()[0]["fired"])
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(writing, b"x" * 100)
     os.set_blocking(writing, True)  # of the open file: the program's, too
-    process.send_signal(signal.SIGTERM)
     site.sim.clear_faults()
+    time.sleep(1)  # with the second it comes to its next line, and waits there
+    process.send_signal(signal.SIGTERM)
     try:
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:
@@ -246,8 +251,8 @@ def test_an_export_that_moves_no_more_is_given_up(turn, kind):
     """vhd-tool looped for ever, its task pending; the next VM has its turn."""
     site = turn(pool_of("web", "zdb", power_state="Running"))
     site.configure(kind + "=web", kind + "=zdb", "vdi_export_format=vhd")
-    site.sim.fault("export_silence", path="*", **{
-        "vm" if kind == "vm-export" else "vdi": "web", "after": 4096, "seconds": 8})
+    path, of = ("/export", "vm") if kind == "vm-export" else ("/export_raw_vdi", "vdi")
+    site.sim.fault("export_silence", path=path, **{of: "web", "after": 4096, "seconds": 8})
     process = hasty(site, SILENCE=0.3, STALLED=3, TASK_ENDS=1, FAILURE_ENDS=0.2)
     result = finish(process)
     assert result.status == 2, result

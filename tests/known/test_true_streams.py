@@ -165,7 +165,7 @@ def cut_out(data, first, last):
 
 DUMPS = {
     "bytes of the middle": lambda data: data[:len(data) // 2] + data[len(data) // 2 + 1700:],
-    "a whole table": lambda data: re.sub(rb'<table name="VIF">.*?</table>', b"", data,
+    "a whole table": lambda data: re.sub(rb'<table name="VBD">.*?</table>', b"", data,
                                          flags=re.DOTALL),
     "half a tag": lambda data: data[:data.index(b"<row", len(data) // 2) + 3]
     + data[data.index(b"<row", len(data) // 2) + 9:],
