@@ -314,32 +314,43 @@ Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: 
 Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
 
-def read_small(name, dir_fd=None, limit=MIB, part=False):
-    """The bytes of a small file; part: only its first `limit` bytes, however large it is. With
-    dir_fd no link is followed. BackupError (never a wait) for what is no regular file, or larger
-    than `limit`; OSError for what cannot be read."""
+def open_file(name, dir_fd=None):
+    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, and
+    BackupError (never a wait) for what is no regular file."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BackupError("%s is no regular file" % name)
+    return fd
+
+
+def read_small(name, dir_fd=None, limit=MIB, part=False):
+    """The bytes of a small file, opened by open_file; part: only its first `limit` bytes, however
+    large it is. BackupError if it is larger than `limit`."""
+    fd, data, piece = open_file(name, dir_fd), b"", None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise BackupError("%s is no regular file" % name)
-        data, piece = b"", None
         while len(data) <= limit and piece != b"":
             piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
             data += piece
     finally:
         os.close(fd)
-    if part:
-        return data[:limit]
-    if len(data) > limit:
+    if len(data) > limit and not part:
         raise BackupError("%s is larger than %s" % (name, size_text(limit)))
-    return data
+    return data[:limit]
 
 
-def _choice(*values, **others):
-    table = {str(value).lower(): value for value in values}
-    table.update(others)
-    return lambda text: table[text.lower()]
+def _choice(**values):
+    return lambda text: values[text.lower()]
+
+
+def _like(pattern, convert):
+    def parse(text):
+        if not re.match(pattern, text):
+            raise ValueError
+        return convert(text)
+
+    return parse
 
 
 def _number(low, high):
@@ -353,19 +364,6 @@ def _number(low, high):
 
 def _several(parse):
     return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()]
-
-
-def _metrics_file(text):
-    if not text.endswith(".prom"):
-        raise ValueError
-    return native(text)
-
-
-def _fingerprint(text):
-    pin = text.replace(":", "").lower()
-    if not re.match(r"[0-9a-f]{64}\Z", pin):
-        raise ValueError
-    return pin
 
 
 def _pattern(text):
@@ -421,7 +419,7 @@ def is_loopback(host):
     return host in ("localhost", "::1") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-_flag = _choice(True, False)
+_flag = _choice(true=True, false=False)
 _count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
     ("backup_dir", "/snapshots/BACKUPS", native, "folder for the backups; it must exist"),
@@ -433,9 +431,10 @@ SETTINGS = [Setting(*row) for row in (
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
-    ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
+    ("vdi_export_format", "raw", _choice(raw="raw", vhd="vhd"),
+     "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
-    ("compress", "False", _choice("False", "True", "gzip", "zstd", none="False"),
+    ("compress", "False", _choice(false="False", none="False", true="True", gzip="gzip", zstd="zstd"),
      "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
@@ -444,7 +443,8 @@ SETTINGS = [Setting(*row) for row in (
      " separated by commas are tried in order"),
     ("username", "root", str, "user to log in as"),
     ("tls_ca", "", native, "PEM file of the CA that signed the host's certificate"),
-    ("tls_fingerprint", "", _several(_fingerprint),
+    ("tls_fingerprint", "", _several(_like(
+        r"(:?[0-9A-Fa-f]){64}\Z", lambda text: text.replace(":", "").lower())),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
     ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
@@ -463,9 +463,11 @@ SETTINGS = [Setting(*row) for row in (
     ("smtp_user", "", str, "login at the mail server"),
     ("smtp_password_file", "", native, "its password, in a file made by create-password-file"),
     ("smtp_ca", "", native, "PEM file of the CA that signed the mail server's certificate"),
-    ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
+    ("mail_when", "always", _choice(always="always", problems="problems", never="never"),
+     "always, problems or never"),
     ("report_json", "", native, "report of the run as JSON, replaced at the end of every run"),
-    ("metrics_file", "", _metrics_file, "file *.prom for node_exporter, replaced likewise"),
+    ("metrics_file", "", _like(r".*\.prom\Z", native),
+     "file *.prom for node_exporter, replaced at the end of every run"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
@@ -821,9 +823,10 @@ class Folder(NamedTuple):
     export: Any = None  # its file name
     size: int = 0  # of the export; 0: none
     uuid: str = ""  # orig_uuid of vm.cfg
-    date: Any = None  # what the name tells: local
+    date: Any = None  # the day that the name tells, or else `created`: local
     error: str = ""  # why it cannot be read
     foreign: Any = None  # the first name that is not ours (foreign_entry looks closer)
+    label: str = ""  # name_label of vm.cfg
 
 
 EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
@@ -921,27 +924,28 @@ def scan(vm_fd, patterns, vm=None):
 
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, uuid, size = os.listdir(fd), item.created, "", 0
+    inside, created, date, cfg, size = os.listdir(fd), item.created, item.date, {}, 0
     marker, text = read_marker(fd, inside)
     told = re.match(rb"created=([0-9]{1,11})\n", text)
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
+        date = date or datetime.date.fromtimestamp(created)
     export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
                  default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
-    if "vm.cfg" in inside:
-        with contextlib.suppress(OSError, BackupError):
-            uuid = read_cfg("vm.cfg", fd).get("orig_uuid", "")
+    with contextlib.suppress(OSError, BackupError):
+        cfg = read_cfg("vm.cfg", fd)
     strewn = {name for name in inside if STREWN.match(name) or STREWN.match(name + "/")}
     foreign = [name for name in inside if name not in strewn and not _may_lie(name, vm)
                and not OWN_FOLDERS.match(name)]
     begun = any(name.endswith(".partial") for name in inside if name not in strewn)
     pinned = "keep" in inside
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(item.name, created, marker, unfinished, pinned, export, size, uuid, item.date,
-                  "", min(foreign, default=None))
+    return Folder(item.name, created, marker, unfinished, pinned, export, size,
+                  cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
+                  cfg.get("name_label", ""))
 
 
 def read_marker(fd, inside):
@@ -986,7 +990,7 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     for rule, period in PERIODS:
         found = {}
         for item in order:
-            key = period(_date(item))
+            key = period(item.date)
             if key in found:
                 hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
                 found[key] = item if hollow else found[key]
@@ -1010,12 +1014,6 @@ def expired(folders, policy, newest=None, uuid="", pre_clean=False):
     return [item.name for item in backups(folders) if item.name not in stay]
 
 
-def _date(item):
-    with contextlib.suppress(OverflowError, ValueError, OSError):
-        return item.date or datetime.date.fromtimestamp(item.created)
-    return datetime.date.today()  # `created` is infinite: one that is yet to be made
-
-
 # --- deletion ---
 
 
@@ -1024,11 +1022,11 @@ def _may_lie(path, vm):
     VM's folder: anything else.raw may be what a user unpacked."""
     export = EXPORT.match(path[:-8] if path.endswith(".partial") else path)
     if export and not STREWN.match(path):  # .AppleDouble/NAME.xva
-        return vm is None or _form(vm) == _form(export.group(1))
+        return vm is None or nfc(vm) == nfc(export.group(1))
     return bool(OWN_FILES.match(path) or STREWN.match(path))
 
 
-def _form(name):
+def nfc(name):
     return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
 
 
@@ -1098,8 +1096,8 @@ def _empty(fd, tree):
         if markers:
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
         raise
-    tree = sorted(tree + [(UNFINISHED, None)], key=lambda item: item[0] == UNFINISHED)
-    _delete(fd, sorted(tree, key=lambda item: item[0].endswith(".partial")))
+    _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
+        item[0] == UNFINISHED, item[0].endswith(".partial"))))
 
 
 def _delete(fd, tree):
@@ -2719,7 +2717,8 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
     file, policy = "%s.%s" % (folder_name(choice.name), suffix), settings.policy(choice.keep)
     last = [item.size for item in backups(folders) if item.export == native(file) and item.size]
     expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
-    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"])
+    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"],
+                 date=datetime.date.today())
     stay = kept(folders + [new], policy, new.name, vm["uuid"])
     doomed = [item.name for item in backups(folders) if item.name not in stay]
     notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
@@ -3751,8 +3750,9 @@ def preview_vms(run, xapi, vms, selection):
         rows.append((choice.name, choice.kind) + cells)
     for line in table(rows, right=(2, 3, 4)) + texts if selection.choices else []:
         log(line)
-    room = "" if pool.free is None else ", %s free" % size_text(pool.free)
-    if room and total > pool.free:
+    free = run.free_bytes(checked=False)
+    room = "" if free is None else ", %s free" % size_text(free)
+    if room and total > free:
         room += ": the last ones may not fit"
     log("together about %s to expect%s" % (size_text(total), room))
     mail = "none" if not settings.mail_to or settings.mail_when == "never" else (
@@ -3811,6 +3811,44 @@ def rules_text(policy):
 # ============================== the run ==============================
 
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
+RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
+
+
+def free_bytes(path):
+    """Bytes that are free in a file system; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+    return None
+
+
+def run_table(run, width=100):
+    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
+    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
+    items = [("pool database", run.pool_database)] if run.pool_database else []
+    items += [(item.name, item) for item in run.outcomes]
+    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
+    for name, item in items:
+        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
+        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
+                     time_text(item.seconds) if item.seconds else "",
+                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
+                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
+    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
+    notes = ["%s left" % size_text(free)] if free is not None else []
+    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
+    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
+    rows.append(("total", "", size_text(size), time_text(seconds),
+                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
+    lines = table(rows, width, right=(2, 3, 4))
+    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
+    for number, (_, item) in enumerate(items, 1):
+        if item.error:  # nothing is as important as the reason: it takes the other columns, too
+            reason, room = printable(item.error), max(width - start, 40)
+            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
+            lines[number] = lines[number][:start].ljust(start) + reason
+    return lines
 
 
 class Run:
@@ -3929,8 +3967,6 @@ class Run:
             self.status(choice.kind, "begin", choice.name)
         with outcome.recorded(self.watch), self.watch.activity(label) as activity:
             back_up_vm(self, xapi, choice, outcome, activity)
-        if outcome.error and self.watch.signum:  # whatever broke, the stop was its cause
-            outcome.error = str(Interrupted(self.watch.signum))
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
             return True
@@ -4035,11 +4071,11 @@ class Run:
             with self._planning:
                 del self._reserved[name]
 
-    def free_bytes(self):
-        """Bytes free in backup_dir; None where that is not to be checked or the file server tells
-        no size."""
-        usage = shutil.disk_usage(self.settings.backup_dir)
-        return usage.free if self.settings.space_check and usage.total else None
+    def free_bytes(self, checked=True):
+        """Bytes that backups may take; None where that is not to be checked, or nothing tells."""
+        if checked and not self.settings.space_check:
+            return None
+        return free_bytes(self.settings.backup_dir)
 
     def _space(self):
         path = self.settings.backup_dir
@@ -4048,7 +4084,7 @@ class Run:
         except OSError as error:
             return describe(error)
         if not usage.total:
-            return "%s of unknown size: not checked whether backups will fit" % path
+            return "NOTE - %s tells no size: whether backups will fit is not checked" % path
         return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
     def counts(self):
@@ -4205,11 +4241,8 @@ def read_source(fd, top, item, stack):
                 vdi = vdi or read_cfg("vdi.cfg", disk)
         with contextlib.suppress(FileNotFoundError):
             vm = read_cfg("vm.cfg", fd)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = os.open(export, flags, dir_fd=fd)
+    file = open_file(export, fd)
     stack.callback(os.close, file)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise ConfigError("ERROR - %s is no regular file" % export)
     size = vdi.get("virtual_size", "")
     return types.SimpleNamespace(
         fd=file, size=os.fstat(file).st_size, top=top, file=export, label=item.name or export,
@@ -4719,10 +4752,8 @@ def take_stock(top, settings, watch):
 
 
 def _shelf(vm_fd, folder, patterns):
-    found, label = sorted(scan(vm_fd, patterns, folder)), ""
-    with contextlib.suppress(OSError, BackupError, IndexError), opened(
-            backups(found)[-1].name, vm_fd) as fd:
-        label = read_cfg("vm.cfg", fd).get("name_label", "")
+    found = sorted(scan(vm_fd, patterns, folder), key=lambda item: item.name)
+    label = "".join(item.label for item in backups(found)[-1:])
     dated = any(item.created is not None for item in found)
     return Shelf(label or vm_name(folder), folder, found if dated else [], "")
 
@@ -4936,7 +4967,8 @@ def verify(word, only, log, watch):
     top = top if lone else open_shelf(word)[0]
     for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
-        if only and not lone and vm not in (native(folder_name(only[0])), native(only[0])):
+        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
+        if names and not lone and nfc(vm) not in names:
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
         try:
@@ -4985,12 +5017,8 @@ def verify_path(path, watch, activity):
 
 def read_export(name, dir_fd, watch, activity, *consumers):
     """What the consumers make of an export's pieces: fan_out() with progress and stops."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
-    with open(os.open(name, flags, dir_fd=dir_fd), "rb", buffering=0) as file:
-        there = os.fstat(file.fileno())
-        if not stat.S_ISREG(there.st_mode):
-            raise ArchiveError("%s is no regular file" % name)
-        activity.doing, activity.expected = "reading", there.st_size
+    with open(open_file(name, dir_fd), "rb", buffering=0) as file:
+        activity.doing, activity.expected = "reading", os.fstat(file.fileno()).st_size
 
         def readinto(view):
             watch.check()
@@ -5022,6 +5050,9 @@ def look_into(fd):
         if path in sums or {"", ".", ".."}.intersection(path.split("/")):
             raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
         sums[path] = match.group(2)
+    for path in list(sums):  # a file server may list names in another Unicode form
+        if nfc(path) == nfc(exports[0]):
+            sums[exports[0]] = sums.pop(path)
     return exports[0], sums, b"created=" in marks
 
 
@@ -5179,8 +5210,6 @@ PROGRESS_EVERY = 300  # seconds between the progress lines where there is no ter
 SILENT = 30  # seconds without a byte after which the host is shown as silent
 MAIL_TIMEOUT = 60  # seconds
 MAIL_PAUSE = 5  # seconds between the three tries
-AT_REST = ("snapshot", "clean-up")  # what an Activity does while no byte of the export moves
-RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
 
 
 class Log:
@@ -5190,7 +5219,7 @@ class Log:
 
     def __init__(self, out, err, environment, watch=None):
         self.lines, self._watch = [], watch
-        self._out, self._err, self._lock = out, err, threading.Lock()
+        self._out, self._err, self._lock = out, err, threading.RLock()
         self._shown, self._told = "", time.monotonic()
         rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
         self._colour = rich and is_terminal(out)
@@ -5202,10 +5231,9 @@ class Log:
         bad, odd = re.search("ERROR|  FAILED ", line), re.search("WARNING|  warning ", line)
         with self._lock:
             self.lines.append(line)
-            self._show("")
             if self._colour and (bad or odd):
                 line = "\x1b[%sm%s\x1b[0m" % ("31" if bad else "33", line)
-            write_text(self._out, line + "\n", self._watch)
+            self.bare(line)
 
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
@@ -5219,18 +5247,12 @@ class Log:
             self._shown = text
 
     def close(self):
-        """What can't be written any more is given up here, or Python would exit with 120 for it."""
-        self.progress([])
-        for stream in (self._out, self._err):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with self._lock:
+            self._show("")
 
     def progress(self, activities):
         """Shows the Activities under way; called once a second."""
-        activities, now = list(activities), time.monotonic()
+        now = time.monotonic()
         if self._live:
             with self._lock, contextlib.suppress(OSError):
                 columns = os.get_terminal_size(self._err.fileno()).columns or 80
@@ -5238,60 +5260,40 @@ class Log:
         elif self._plain and activities and now - self._told > PROGRESS_EVERY:
             self._told = now
             for activity in activities:
-                self("progress %s  %s" % (activity.label, progress_texts(activity, now)[0]))
+                self("progress %s" % progress_text(activity, now))
 
 
 def progress_line(activities, columns, now):
-    """What is under way, in one line of so many columns: all in the longest form that fits, then
-    with shorter names, then as many as fit and how many more there are."""
-    labels = [printable(activity.label) for activity in activities]
-    texts = [progress_texts(activity, now) for activity in activities]
-    for form in range(4):
-        parts = ["%s  %s" % (label, text[form]) for label, text in zip(labels, texts)]
-        if len("  |  ".join(parts)) <= columns:
-            return "  |  ".join(parts)
-    if len(labels) > 1:
-        labels = [re.sub(r"^\[[^]]*\] ", "", label) for label in labels]
-    for count in range(len(labels), 0, -1):
-        lengths, more = [len(label) for label in labels[:count]], len(labels) - count
-        end = "  |  +%d" % more if more else ""
-        room = columns - len(end) - sum(len(text[3]) + 6 for text in texts[:count]) + 5
-        size = max(size for size in range(columns)
-                   if not size or sum(min(length, size) for length in lengths) <= room)
-        if size >= min(max(lengths), 6) or count == 1:
-            parts = ["%s %s" % (shortened(label, size), text[3])
-                     for label, text in zip(labels[:count], texts)]
-            return ("  |  ".join(parts) + end)[:columns]
-    return ""
+    """What is under way, in one line of so many columns: in full where that fits, else in short, as
+    many as fit and how many more there are."""
+    line = "  |  ".join(progress_text(activity, now) for activity in activities)
+    if len(line) > columns:
+        parts = [progress_text(activity, now, short=True) for activity in activities]
+        for more in range(len(parts)):
+            line = "  |  ".join(parts[: len(parts) - more] + (["+%d" % more] if more else []))
+            if len(line) <= columns:
+                break
+    return line[:columns]
 
 
-def shortened(name, size):
-    """A name in so many characters; names differ at their ends more often than in the middle."""
-    if len(name) <= size:
-        return name
-    tail = max(size - 1, 0) // 2
-    return name[: max(size - 1 - tail, 0)] + "\u2026" + name[len(name) - tail :]
-
-
-def progress_texts(activity, now):
-    """How far an Activity is, in four forms, each shorter than the one before."""
-    done, quiet, expected = activity.done, now - activity.touched, activity.expected or 0
-    if not done or activity.doing in AT_REST:
-        doing = activity.doing or "waiting for the host"
-        told = "%s, %s" % (doing, time_text(quiet))
-        return [told, told, told, doing]
-    if (activity.fraction or 0) > 0.02:
+def progress_text(activity, now, short=False):
+    """'[3/50] web  50 % of about 12 GiB  31 MB/s  3 min left' of an Activity; short: '[3/50] web
+    50 %'."""
+    label, done, quiet = printable(activity.label), activity.done, now - activity.touched
+    expected, rate = activity.expected, done / max(now - activity.started, 0.001)
+    if activity.fraction > 0.02:
         expected = done / min(activity.fraction, 1)
-    rate = done / max(now - activity.started, 0.001)
-    speed, left, short, figures = rate_text(rate), "", size_text(done), size_text(done)
-    if expected > done:
-        short = "%d %%" % (100 * done // expected)
-        figures += " of about %s (%s)" % (size_text(expected), short)
-        left = "  %s left" % time_text((expected - done) / rate)
-    if quiet > SILENT:
-        speed, left = "host silent for %s" % time_text(quiet), ""
-    return ["%s  %s%s" % (figures, speed, left), "%s  %s%s" % (short, speed, left),
-            short + (left or "  " + speed), short]
+    far, whole, pace = size_text(done), "", rate_text(rate)
+    if not done or activity.doing == "clean-up":
+        far, pace = activity.doing or "waiting for the host", time_text(quiet)
+    elif expected > done:
+        far, whole = "%d %%" % (100 * done // expected), " of about %s" % size_text(expected)
+        pace += "  %s left" % time_text((expected - done) / rate)
+    if done and quiet > SILENT:
+        pace = "host silent for %s" % time_text(quiet)
+    if not short:
+        return "%s  %s%s  %s" % (label, far, whole, pace)
+    return "%s %s" % (label if len(label) < 20 else label[:11] + "\u2026" + label[-7:], far)
 
 
 def is_terminal(stream):
@@ -5307,21 +5309,24 @@ def path_bytes(text):
 
 
 def write_text(stream, text, watch=None):
-    """Writes UTF-8 at once; a reader that went away stops no backup, and one that reads no more
-    holds up no stop: with `watch`, of a real file."""
+    """Writes UTF-8 at once, past Python's buffer. A reader that went away stops no backup, and one
+    that reads no more holds up no stop."""
     import select
 
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        while watch and not select.select([], [stream], [], LOOK)[1]:
-            if watch.signum:
-                return
-        getattr(stream, "buffer", stream).write(path_bytes(text))
-        stream.flush()
+    data = path_bytes(text)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        fd = stream.fileno()
+        while data:
+            while watch and not select.select([], [fd], [], LOOK)[1]:
+                if watch.signum:
+                    return
+            data = data[os.write(fd, data[:4096]) :]  # not more than select promises
 
 
 def make_status(path, log, warnings):
     """The function that appends a line to the status log (none if path is None) and flushes it.
-    The first failure is logged and added to `warnings`."""
+    The first failure is logged and added to `warnings`. A new one may be read by monitors of other
+    users, whatever the umask."""
     lock, server, failed = threading.Lock(), short_host_name(), []
 
     def status(program, *texts):
@@ -5329,7 +5334,11 @@ def make_status(path, log, warnings):
         line = printable(",".join((stamp, program, server) + texts)) + "\n"
         try:
             with lock:
-                append_shared(path, line.encode("utf-8"))
+                new = not os.path.exists(path)
+                with open(path, "ab") as file:
+                    if new:
+                        os.fchmod(file.fileno(), 0o644)
+                    file.write(line.encode("utf-8"))
         except OSError as error:
             if not failed:
                 failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
@@ -5337,17 +5346,6 @@ def make_status(path, log, warnings):
                 log(failed[0])
 
     return status if path else lambda *texts: None
-
-
-def append_shared(path, data):
-    """Adds to a file that monitors of other users read: 0644 when it is new, whatever the umask."""
-    new = not os.path.exists(path)
-    with open(path, "ab") as file:
-        if new:
-            os.fchmod(file.fileno(), 0o644)
-        file.write(data)
-        file.flush()
-        sync(file.fileno())
 
 
 def replace_file(path, data, mode):
@@ -5358,8 +5356,7 @@ def replace_file(path, data, mode):
     fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
     try:
         with open(fd, "wb") as file:
-            if mode != 0o600:  # it is that from its first byte
-                os.fchmod(fd, mode)
+            os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             sync(fd)
@@ -5367,43 +5364,6 @@ def replace_file(path, data, mode):
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def free_bytes(path):
-    """Bytes that are free in a file system; None where it does not tell."""
-    with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(path)
-        return usage.free if usage.total else None
-    return None
-
-
-def run_table(run, width=100):
-    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
-    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
-    items = [("pool database", run.pool_database)] if run.pool_database else []
-    items += [(item.name, item) for item in run.outcomes]
-    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
-    for name, item in items:
-        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
-        gone = plural(len(names), "backup") if names[1:] else "".join(names)
-        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
-                     time_text(item.seconds) if item.seconds else "",
-                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
-                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
-    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
-    notes = ["%s left" % size_text(free)] if free is not None else []
-    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
-    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
-    rows.append(("total", "", size_text(size), time_text(seconds),
-                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
-    lines = table(rows, width, right=(2, 3, 4))
-    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
-    for number, (_, item) in enumerate(items, 1):
-        if item.error:  # nothing is as important as the reason: it takes the other columns, too
-            reason, room = printable(item.error), max(width - start, 40)
-            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
-            lines[number] = lines[number][:start].ljust(start) + reason
-    return lines
 
 
 def write_json(run):
@@ -5433,18 +5393,17 @@ def write_json(run):
 
 
 METRICS = (
-    ("vmbackup_last_success_timestamp_seconds", "When the newest backup of the VM was made."),
-    ("vmbackup_last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
-    ("vmbackup_last_size_bytes", "Size of the export in the newest backup of the VM."),
-    ("vmbackup_last_duration_seconds", "How long the VM's last successful backup took."),
-    ("vmbackup_backups", "How many backups of the VM there are."),
-    ("vmbackup_run_end_timestamp_seconds", "When the last run ended."),
-    ("vmbackup_run_exit_status", "Exit status of the last run."),
-    ("vmbackup_free_bytes", "Free space in backup_dir."),
-    ("vmbackup_info", "1; its label tells the version."))
-QUOTED = r'"(?:[^"\\\n]|\\.)*"'
-SERIES = re.compile(  # metric, label config, its other labels, value
-    r"^(vmbackup_\w+)\{(config=%s)((?:,\w+=%s)*)\} ([0-9.e+-]+)$" % (QUOTED, QUOTED), re.M)
+    ("last_success_timestamp_seconds", "When the newest backup of the VM was made."),
+    ("last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
+    ("last_size_bytes", "Size of the export in the newest backup of the VM."),
+    ("last_duration_seconds", "How long the VM's last successful backup took."),
+    ("backups", "How many backups of the VM there are."),
+    ("run_end_timestamp_seconds", "When the last run ended."),
+    ("run_exit_status", "Exit status of the last run."),
+    ("free_bytes", "Free space in backup_dir."),
+    ("info", "1; its label tells the version."))
+SERIES = re.compile(  # metric, its label config, its other labels, value
+    r'^vmbackup_(\w+)\{(config="(?:[^"\\\n]|\\.)*")(.*)\} (\S+)$', re.M)
 
 
 def label_of(key, value):
@@ -5456,58 +5415,52 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
-    settings, there, series, old = run.settings, {}, {}, b""
+    settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
     pool = {"," + label_of("vm", name) for name in run.pool_vms or ()}
     asked = {"," + label_of("vm", item.name): item for item in run.outcomes}
+    stay = pool if settings.only else pool.intersection(asked)
     with contextlib.suppress(FileNotFoundError):
         old = read_small(settings.metrics_file, limit=64 * MIB)
     for metric, config, labels, value in SERIES.findall(old.decode("utf-8", "replace")):
-        if config == mine:
-            there.setdefault(labels, {})[metric] = value
-        else:
+        unknown = run.pool_vms is None and labels.startswith(",vm=")
+        if config != mine or unknown or labels in stay:
             series[metric, config + labels] = value
-    for vm, values in there.items():
-        if vm.startswith(",vm=") and (run.pool_vms is None or vm in pool and settings.only):
-            series.update({(metric, mine + vm): value for metric, value in values.items()})
-    for vm, item in asked.items():
-        if vm in pool:
-            values = dict(there.get(vm, {}), **vm_metrics(settings, item))
-            series.update({(metric, mine + vm): value for metric, value in values.items()})
-    series["vmbackup_run_end_timestamp_seconds", mine] = int(time.time())
-    series["vmbackup_run_exit_status", mine] = run.exit_status
-    series["vmbackup_free_bytes", mine] = free_bytes(settings.backup_dir)
-    series["vmbackup_info", "%s,%s" % (mine, label_of("version", __version__))] = 1
+    for vm in pool.intersection(asked):
+        for metric, value in vm_metrics(run, asked[vm]).items():
+            series[metric, mine + vm] = value
+    series["run_end_timestamp_seconds", mine] = int(time.time())
+    series["run_exit_status", mine] = run.exit_status
+    series["free_bytes", mine] = free_bytes(settings.backup_dir)
+    series["info", "%s,%s" % (mine, label_of("version", __version__))] = 1
     lines = []
     for metric, text in METRICS:
-        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s gauge" % metric]
-        lines += ["%s{%s} %s" % (metric, labels, value) for (of, labels), value
-                  in sorted(series.items(), key=lambda pair: pair[0])
+        lines += ["# HELP vmbackup_%s %s" % (metric, text), "# TYPE vmbackup_%s gauge" % metric]
+        lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
+                  for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
     replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
 
 
-def vm_metrics(settings, item):
+def vm_metrics(run, item):
     """{metric: value, or None for what is no more} of a VM that this run was asked for: its last
     success is the newest backup on disk, so one that failed keeps its old one."""
-    told = {}
+    told, found = {}, []
     if item.result != "SKIPPED":
-        told["vmbackup_last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
+        told["last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
     if item.result in ("SUCCESS", "WARNING"):
-        told["vmbackup_last_duration_seconds"] = round(item.seconds, 3)
-    found = []
+        told["last_duration_seconds"] = round(item.seconds, 3)
     try:
-        with opened(settings.backup_dir) as top, opened(native(folder_name(item.name)), top) as vm:
-            found = backups(scan(vm, [settings.backup_dir_pattern, DEFAULT_PATTERN]))
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return told  # what the file knew of the disk stays
-    told["vmbackup_backups"] = len(found)
-    told["vmbackup_last_success_timestamp_seconds"] = int(found[-1].created) if found else None
-    told["vmbackup_last_size_bytes"] = found[-1].size if found else None
-    return told
+        with opened(run.settings.backup_dir) as top, opened(
+                native(folder_name(item.name)), top) as vm:
+            found = backups(scan(vm, run.patterns))
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            return told  # what the file knew of the disk stays
+    newest = found[-1] if found else None
+    return dict(told, backups=len(found), last_size_bytes=newest and newest.size,
+                last_success_timestamp_seconds=newest and int(newest.created))
 
 
 def send_mail(run):
@@ -5550,19 +5503,16 @@ def send_mail(run):
         try:
             deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
             break
-        except OSError as error:
+        except OSError:
             if not left or run.watch.signum:
-                hint = (" (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
-                        if isinstance(error, ssl.SSLError) else "")
-                raise OSError("%s port %d: %s%s" % (settings.smtp_server, settings.smtp_port,
-                                                    describe(error), hint)) from None
+                raise
             run.watch.sleep(MAIL_PAUSE)
     run.log("mail sent to %s" % ", ".join(settings.mail_to))
 
 
 def deliver(settings, data, timeout):
-    """Hands a message to the mail server. Raises OSError, or BackupError if only some of those who
-    were to get it are refused: it must not be sent again. timeout: seconds for each answer."""
+    """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
+    it must not be sent again, for others have it. timeout: seconds for each answer."""
     import smtplib
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
@@ -5571,7 +5521,6 @@ def deliver(settings, data, timeout):
     connect: Any = smtplib.SMTP
     if settings.smtp_port == 465:
         connect = functools.partial(smtplib.SMTP_SSL, context=context)
-    problem: Any = OSError
     try:
         with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
                                         timeout=timeout)) as smtp:
@@ -5580,27 +5529,31 @@ def deliver(settings, data, timeout):
             if settings.smtp_user:
                 smtp.login(settings.smtp_user,
                            read_password_file(settings.smtp_password_file, plain=True))
-            answers = smtp.sendmail(settings.mail_from, settings.mail_to, data)
-            problem = BackupError
+            refused = smtp.sendmail(settings.mail_from, settings.mail_to, data)
             with contextlib.suppress(OSError):
                 smtp.quit()
     except smtplib.SMTPRecipientsRefused as error:
-        answers = error.recipients
-    except smtplib.SMTPResponseException as error:
-        answers = {"it said": (error.smtp_code, error.smtp_error)}
-    if answers:
-        raise problem("; ".join("%s: %d %s" % (who, code, bytes(text).decode("utf-8", "replace"))
-                                for who, (code, text) in answers.items()))
+        refused = error.recipients
+    except OSError as error:  # smtplib's are, too
+        text = describe(error)
+        if isinstance(error, smtplib.SMTPResponseException):
+            text = "%d %s" % (error.smtp_code, os.fsdecode(error.smtp_error))
+        if isinstance(error, ssl.SSLError):
+            text += " (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
+        raise OSError("%s port %d: %s" % (
+            settings.smtp_server, settings.smtp_port, text)) from None
+    if refused:
+        raise BackupError("; ".join("%s: %d %s" % (who, code, os.fsdecode(text))
+                                    for who, (code, text) in refused.items()))
 
 
 def send_reports(run):
     """Mails and writes what the settings ask for, the mail first: one that cannot be sent is a
     warning of the run, in its other reports too."""
     settings = run.settings
-    mailing = settings.mail_to and settings.mail_from and settings.smtp_server
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
     for wanted, make, failure in (
-            (mailing and when, send_mail, "the mail could not be sent"),
+            (settings.mail_to and when, send_mail, "the mail could not be sent"),
             (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
             (settings.report_json, write_json, "report_json cannot be written")):
         try:
