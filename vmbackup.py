@@ -400,10 +400,8 @@ def _host_and_port(text):
 
 
 def parse_host(text):
-    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket.
-
-    Raises ValueError for anything else, and for http:// to an address that is not loopback.
-    """
+    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket; else
+    ValueError, for http:// to an address that is not loopback, too."""
     if text.startswith("/"):
         return Address("unix", native(text), 0)
     scheme, separator, rest = text.partition("://")
@@ -431,10 +429,10 @@ SETTINGS = [Setting(*row) for row in (
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
-    ("vdi_export_format", "raw", _choice(raw="raw", vhd="vhd"),
-     "form of a vdi-export: raw or vhd"),
+    ("vdi_export_format", "raw", _choice(raw="raw", vhd="vhd"), "of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
-    ("compress", "False", _choice(false="False", none="False", true="True", gzip="gzip", zstd="zstd"),
+    ("compress", "False",
+     _choice(false="False", none="False", true="True", gzip="gzip", zstd="zstd"),
      "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
@@ -525,11 +523,6 @@ def load_config(path):
     return pairs
 
 
-def is_simple(name):
-    """True for a name of letters and digits of any script, space, '-' and '_' only."""
-    return all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
-
-
 def make_rule(key, value):
     """The Rule of one selector's value; `:N` is read only from its end (not exclude's, only's)."""
     name, keep = value, None
@@ -538,15 +531,14 @@ def make_rule(key, value):
         name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
-    # A simple name that is empty would match no VM: an empty vm-export= means all of them.
-    return Rule(key, value, name, keep, bool(name) and is_simple(name))
+    # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
+    simple = all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
+    return Rule(key, value, name, keep, simple and bool(name))
 
 
 def make_settings(config, words):
-    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)].
-
-    Raises ConfigError with a line for each mistake: unknown name, value not allowed.
-    """
+    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)]. Raises
+    ConfigError with a line for each mistake: unknown name, value not allowed."""
     settings, mistakes, seen = Settings(), [], set()
     ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
     for number, (key, value, where) in enumerate(config + words):
@@ -641,20 +633,19 @@ def _parse_setting(key, value, where):
 # No message here shows the first argument: it may be the password, or by mistake something else's.
 
 
-@contextlib.contextmanager
-def no_echo(stream):
-    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
-    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
-    if stream is None or not stream.isatty():
-        yield
-        return
+def read_line(stream):
+    """The first line of standard input, as bytes; asked for, and not shown, where that is a
+    terminal. (The module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)
+    """
+    if not stream.isatty():
+        return stream.buffer.readline(MIB)
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
     termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
     try:
         print("Password: ", end="", file=sys.stderr, flush=True)
-        yield
+        return stream.buffer.readline(MIB)
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
         print(file=sys.stderr, flush=True)
@@ -680,8 +671,7 @@ def read_password_file(path, plain=False):
 def read_password(word, literal=False):
     """The password that the first argument stands for. literal: whatever file has that name."""
     if word == "-":
-        with no_echo(sys.stdin):
-            line = sys.stdin.buffer.readline(MIB) if sys.stdin else b""
+        line = read_line(sys.stdin) if sys.stdin else b""
         if not line:
             raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
@@ -726,11 +716,8 @@ Selection = collections.namedtuple(
 
 
 def select(rules, names, only=()):
-    """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
-
-    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Pure.
-    Raises ConfigError; an expression of exponential time may take for ever.
-    """
+    """Which VMs the rules choose: a Selection, in the order of a run. names: {name: [ref, ...]} of
+    all candidates; only: Rules that narrow what was chosen. Pure. Raises ConfigError."""
     every, choices = sorted(names), []
     found = _match(rules, every)
     owners = {name: rule for rule, hits in found if rule.key == "exclude" for name in hits}
@@ -825,7 +812,7 @@ class Folder(NamedTuple):
     uuid: str = ""  # orig_uuid of vm.cfg
     date: Any = None  # the day that the name tells, or else `created`: local
     error: str = ""  # why it cannot be read
-    foreign: Any = None  # the first name that is not ours (foreign_entry looks closer)
+    foreign: Any = None  # the first name that is not ours (judge looks closer)
     label: str = ""  # name_label of vm.cfg
 
 
@@ -849,11 +836,8 @@ PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalenda
 
 
 def folder_name(name):
-    """The file name for a VM's name: injective, at most 200 bytes, never '', '.', '..' or hidden.
-
-    '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
-    cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
-    """
+    """The file name for a VM's name: at most 200 bytes, never '', '.', '..' or hidden, another for
+    each name. What is longer is cut and ended with ~ and 8 hex digits of the name's SHA-256."""
     escaped = re.sub("[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
                      lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
@@ -899,11 +883,9 @@ def read_cfg(name, dir_fd):
 
 
 def scan(vm_fd, patterns, vm=None):
-    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out.
-
-    patterns: of folder names, for strptime; None: any folder that our marker dates will do. vm: the
-    name of the VM's folder on disk, which exports have to bear (None: any). Raises OSError if the
-    VM's folder itself cannot be read."""
+    """The Folders in a VM's folder, unknown ones included. patterns: of their names, for strptime;
+    None: any that our marker dates will do. vm: the name of the VM's folder on disk, which exports
+    have to bear (None: any). Raises OSError if the VM's folder itself cannot be read."""
     found = []
     for name in os.listdir(vm_fd):
         text, item = from_argv(name), Folder(name)
@@ -975,12 +957,10 @@ def whole(folder):
 
 
 def kept(folders, policy, newest=None, uuid="", pre_clean=False):
-    """{name: [reason, ...]} of the backups that stay, oldest first.
-
-    newest: name of the backup just made, the newest whatever the clock says. uuid: that of the
-    present VM ("": of the newest backup that tells one). pre_clean: one more is about to be made,
-    so the last are one fewer. Each rule looks at all backups for itself: pruning night after night
-    leaves what one pruning of all would. Days are those of the folders' names."""
+    """{name: [reason, ...]} of the backups that stay, oldest first. Each rule looks at all of them
+    for itself. newest: name of the backup just made, the newest whatever the clock says. uuid: that
+    of the present VM ("": of the newest backup that tells one). pre_clean: one more is about to be
+    made, so the last are one fewer."""
     order = [item for item in backups(folders) if not item.pinned]
     order = sorted(order, key=lambda item: item.name == newest)[::-1]
     why = {item.name: ["pinned"] if item.pinned else [] for item in backups(folders)}
@@ -1050,32 +1030,27 @@ def _walk(fd, vm, foreign, above=""):
     return found
 
 
-def foreign_entry(fd, vm):
-    """The first thing in a backup's folder that no version of this program wrote and that nobody
-    strewed, as a path below it, or None. vm: name of the VM's folder on disk. Raises OSError."""
+def judge(fd, vm):
+    """(what is in a backup's folder, why it must not be deleted or ""). vm: name of the VM's folder
+    on disk. Foreign is what no version of this program wrote and nobody strewed. Raises OSError."""
     foreign = []
-    _walk(fd, vm, foreign)
-    return foreign[0] if foreign else None
+    tree = _walk(fd, vm, foreign)
+    why = "its file `keep` pins it" if ("keep", None) in tree else ""
+    return tree, "it holds %s, which is not ours" % foreign[0] if foreign else why
 
 
 def remove_folder(vm_fd, name, vm):
-    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk).
-
-    Its marker becomes UNFINISHED first, which goes last: a deletion that is cut short leaves what
-    the next run knows as unfinished, never as a backup. The export goes first of the rest; where
-    that fails, the marker comes back and nothing is lost. Only what was judged is deleted. Raises
-    BackupError, with nothing changed, if it is a link, pinned, or anything foreign is in it."""
+    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk): only what was
+    judged. Raises BackupError, with nothing changed, if it is a link, pinned, or anything foreign
+    is in it."""
     try:
         fd = open_folder(name, vm_fd)
     except NotADirectoryError:
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
     try:
-        foreign = []
-        tree = _walk(fd, vm, foreign)
-        why = ["it holds %s, which is not ours" % path for path in foreign]
-        why += ["its file `keep` pins it"] if ("keep", None) in tree else []
+        tree, why = judge(fd, vm)
         if why:
-            raise BackupError("%s is left alone: %s" % (name, why[0]))
+            raise BackupError("%s is left alone: %s" % (name, why))
         _empty(fd, tree)
     finally:
         os.close(fd)
@@ -1083,7 +1058,9 @@ def remove_folder(vm_fd, name, vm):
 
 
 def _empty(fd, tree):
-    """Deletes in remove_folder's order what _walk found."""
+    """Deletes what _walk found. The marker becomes UNFINISHED first, which goes last: a deletion
+    that is cut short leaves what the next run knows as unfinished, never as a backup. The export
+    goes first of the rest; where that fails, the marker comes back and nothing is lost."""
     markers = [marker for marker in MARKERS if (marker, None) in tree]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
@@ -3790,9 +3767,8 @@ def _preview_vm(run, choice, pool):
         for old in plan.doomed:
             told.append("would delete %s (no rule keeps it: %s)" % (old, rules_text(plan.policy)))
             with opened(old, vm_fd) as fd:
-                foreign = foreign_entry(fd, name)
-            if foreign:
-                warn.append("%s cannot be deleted: it holds %s, which is not ours" % (old, foreign))
+                why = judge(fd, name)[1]
+            warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
     isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
     warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
              " export will fail: xe vm-cd-eject" % iso["name_label"]
@@ -4018,10 +3994,9 @@ class Run:
                 name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
                 moment += datetime.timedelta(seconds=1)
             tables = ()
-            with contextlib.suppress(IndexError, BackupError, OSError):  # the last may be damaged
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                with open(os.open(dumps[-1], flags, dir_fd=fd), "rb", buffering=0) as file:
-                    tables = dump_tables(ring(file.readinto))
+            with contextlib.suppress(IndexError, BackupError, OSError), open(
+                    open_file(dumps[-1], fd), "rb", buffering=0) as file:
+                tables = dump_tables(ring(file.readinto))  # the last may be damaged
             stream = Stream(xapi, "/pool/xmldbdump", {}, activity, xapi.master())
             try:
                 saved = save(stream, name + ".partial", fd,
@@ -4727,16 +4702,11 @@ def take_stock(top, settings, watch):
     """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
     backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
-    above, folder = os.path.split(top)
-    shelves = []
+    (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
-        if not settings and read_marker(fd, os.listdir(fd))[0]:
-            with opened(above) as vm_fd:
-                shelf = _shelf(vm_fd, os.path.basename(above), patterns)
-            return [shelf._replace(found=[x for x in shelf.found if x.name == folder])], True
-        shelf = None if settings else _shelf(fd, folder, patterns)
-        if shelf and shelf.found:
-            return [shelf], True
+        single = None if settings else _shelf(fd, folder, patterns)
+        if single and single.found:
+            return [single], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
@@ -4745,10 +4715,15 @@ def take_stock(top, settings, watch):
             except OSError as error:
                 if error.errno != errno.ENOTDIR and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
-    names = collections.Counter(item.vm for item in shelves if item.found or item.error)
+        shelves = [item for item in shelves if item.found or item.error]
+        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
+            with opened(above) as vm_fd:
+                single = _shelf(vm_fd, os.path.basename(above), patterns)
+            return [single._replace(found=[x for x in single.found if x.name == folder])], True
+    names = collections.Counter(item.vm for item in shelves)
     return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
             item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
-            for item in shelves if item.found or item.error], False
+            for item in shelves], False
 
 
 def _shelf(vm_fd, folder, patterns):
@@ -5277,8 +5252,7 @@ def progress_line(activities, columns, now):
 
 
 def progress_text(activity, now, short=False):
-    """'[3/50] web  50 % of about 12 GiB  31 MB/s  3 min left' of an Activity; short: '[3/50] web
-    50 %'."""
+    """'[3/50] web  50 % of about 12 GiB  31 MB/s  3 min left' of an Activity, or '[3] web 50 %'."""
     label, done, quiet = printable(activity.label), activity.done, now - activity.touched
     expected, rate = activity.expected, done / max(now - activity.started, 0.001)
     if activity.fraction > 0.02:
@@ -5293,7 +5267,8 @@ def progress_text(activity, now, short=False):
         pace = "host silent for %s" % time_text(quiet)
     if not short:
         return "%s  %s%s  %s" % (label, far, whole, pace)
-    return "%s %s" % (label if len(label) < 20 else label[:11] + "\u2026" + label[-7:], far)
+    label = re.sub(r"^\[(\d+)/\d+\]", r"[\1]", label)
+    return "%s %s" % (label if len(label) < 19 else label[:10] + "\u2026" + label[-7:], far)
 
 
 def is_terminal(stream):
@@ -5488,8 +5463,8 @@ def send_mail(run):
     lines += run_table(run) if run.outcomes or run.pool_database else []
     items = ([run.pool_database] if run.pool_database else []) + run.outcomes
     for head, texts in (
-            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
-                        for item in items if item.error]),
+            ("Failed (one VM again: vmbackup.py - %s only=NAME)" % (settings.config_file or "NAME"),
+             ["%s %s: %s" % (item.kind, item.name, item.error) for item in items if item.error]),
             ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
                           for text in item.warnings] + settings.warnings),
             ("In no backup", [", ".join(run.not_in_backup or [])])):
@@ -5888,8 +5863,6 @@ def check_paths(settings):
     if not os.path.isdir(path):
         raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)%s"
                           % (path, meant(path) if " #" in path else ""))
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     if os.stat(path).st_dev == os.stat("/").st_dev:
         text = "backup_dir lies on the file system of / (is the share mounted?): %s" % path
         if settings.require_mount:

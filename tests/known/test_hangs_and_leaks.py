@@ -81,6 +81,7 @@ def test_a_stop_signal_leaves_nothing(turn, name):
         stderr=subprocess.PIPE)
     wait_until(lambda: list(site.backups.glob("web/backup-*/web.xva.partial")))
     process.send_signal(number)
+    wait_until(lambda: "task.cancel" in site.sim.methods())
     site.sim.clear_faults()  # or the host would not see that its client has gone
     result = finish(process)
     assert result.status == 128 + number, result
