@@ -132,7 +132,7 @@ def test_a_run_of_this_machine_is_left_while_its_process_lives(turn):
     age(folder / "unfinished.partial", 3000)
     result = site.run()
     assert result.status == 1, result
-    assert folder.exists() and not killed.exists()
+    assert folder.exists() and not (killed / "web.xva.partial").exists()
     assert result.has(str(os.getpid()))
 
 
@@ -258,7 +258,7 @@ def test_no_link_leads_a_deletion_elsewhere(turn, tmp_path, shim, above):
                     swapped += 1
                 result = run.go_on()
             assert tree(victim) == before, (steps[step - 1], result)
-        assert above or swapped > 5
+        assert above or swapped > 3
 
 
 @pytest.mark.parametrize("above", [False, True])
@@ -671,7 +671,6 @@ def test_a_host_that_proved_itself_names_no_master_that_cannot(turn, listener, m
         unix.bind(path)
         unix.listen(5)
         unix.setblocking(False)
-        threading.Timer(1, lambda: None)
         site.configure("vm-export=web", proof_of(site, proof))
         told = master.format(port=port, socket=path)
         site.sim.fault("login_error", error_info=["HOST_IS_SLAVE", told])
