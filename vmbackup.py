@@ -340,7 +340,8 @@ def read_small(name, dir_fd=None, limit=MIB, part=False):
     return data[:limit]
 
 
-def _choice(**values):
+def _choice(*same, **values):
+    values.update({value.lower(): value for value in same})
     return lambda text: values[text.lower()]
 
 
@@ -421,28 +422,24 @@ _flag = _choice(true=True, false=False)
 _count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
     ("backup_dir", "/snapshots/BACKUPS", native, "folder for the backups; it must exist"),
-    ("status_log", "/snapshots/NAUbackup/status.log", native,
-     "log for monitors, of runs with a config file; empty: none"),
+    ("status_log", "/snapshots/NAUbackup/status.log", native, "for monitors; empty: none"),
     ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
-    ("keep_daily", "0", _count, "keep the newest of each of the last N days that have one, too;"
-     " these rules and max_backups only add to each other: 0 or more"),
+    ("keep_daily", "0", _count, "keep the newest of each of the last N days, too: 0 or more"),
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
-    ("vdi_export_format", "raw", _choice(raw="raw", vhd="vhd"), "of a vdi-export: raw or vhd"),
+    ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
-    ("compress", "False",
-     _choice(false="False", none="False", true="True", gzip="gzip", zstd="zstd"),
-     "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
+    ("compress", "False", _choice("False", "True", "gzip", "zstd", none="False"),
+     "compression by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
-    ("host", "localhost", _several(parse_host), "XAPI host: name, address, host:port, [v6]:port,"
-     " https://..., http:// to a loopback address only; with `local` the socket's path. Several"
-     " separated by commas are tried in order"),
+    ("host", "localhost", _several(parse_host), "name, address, host:port, [v6]:port, https://...,"
+     " http:// to a loopback address, with `local` a socket's path; several by commas"),
     ("username", "root", str, "user to log in as"),
     ("tls_ca", "", native, "PEM file of the CA that signed the host's certificate"),
-    ("tls_fingerprint", "", _several(_like(
-        r"(:?[0-9A-Fa-f]){64}\Z", lambda text: text.replace(":", "").lower())),
+    ("tls_fingerprint", "", _several(
+        _like(r"(:?[0-9A-Fa-f]){64}\Z", lambda text: text.replace(":", "").lower())),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
     ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
@@ -451,21 +448,18 @@ SETTINGS = [Setting(*row) for row in (
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
     ("require_mount", "False", _flag, "True: no run where backup_dir is on the disk of /; False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
-     "name of a backup's folder: strftime, at least year, month and day, no slash"),
-    ("mail_to", "", _several(str), "receivers of the mail, separated by commas; it is sent when"
-     " mail_to, mail_from and smtp_server are set"),
-    ("mail_from", "", str, "its sender"),
+     "a backup's folder: strftime, at least year, month and day, no slash"),
+    ("mail_to", "", _several(str), "receivers, by commas; mail_from and smtp_server go with it"),
+    ("mail_from", "", str, "sender of the mail"),
     ("smtp_server", "", _host_and_port, "mail server: a name, an address, or host:port"),
     ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
     ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
     ("smtp_user", "", str, "login at the mail server"),
     ("smtp_password_file", "", native, "its password, in a file made by create-password-file"),
     ("smtp_ca", "", native, "PEM file of the CA that signed the mail server's certificate"),
-    ("mail_when", "always", _choice(always="always", problems="problems", never="never"),
-     "always, problems or never"),
+    ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
     ("report_json", "", native, "report of the run as JSON, replaced at the end of every run"),
-    ("metrics_file", "", _like(r".*\.prom\Z", native),
-     "file *.prom for node_exporter, replaced at the end of every run"),
+    ("metrics_file", "", _like(r".*\.prom\Z", native), "file *.prom for node_exporter"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
@@ -912,16 +906,16 @@ def _look(fd, item, vm):
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
         date = date or datetime.date.fromtimestamp(created)
-    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
-                 default=None)
+    other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
+    exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
+    export = min(exports, default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
     with contextlib.suppress(OSError, BackupError):
         cfg = read_cfg("vm.cfg", fd)
-    strewn = {name for name in inside if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in inside if name not in strewn and not _may_lie(name, vm)
-               and not OWN_FOLDERS.match(name)]
+    strewn = {name for name in other if STREWN.match(name) or STREWN.match(name + "/")}
+    foreign = [name for name in other if name not in strewn and not _may_lie(name, vm)]
     begun = any(name.endswith(".partial") for name in inside if name not in strewn)
     pinned = "keep" in inside
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
@@ -3124,6 +3118,21 @@ def lives(token, own, age):
     return age < ABANDONED_AFTER
 
 
+def open_vm_folder(name, top):
+    """A descriptor of a VM's folder in backup_dir. Raises Refused if it is a link, or another's:
+    a file system may take a and A for the same, and list names in another Unicode form."""
+    try:
+        fd = open_folder(name, top)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise Refused("%s is a symbolic link or no folder: refused" % name) from None
+        raise
+    if nfc(name) not in map(nfc, os.listdir(top)):
+        os.close(fd)
+        raise Refused("%s belongs to a VM whose name differs only in case" % name)
+    return fd
+
+
 class Target:
     """The folder of one VM, and the new backup in it. All happens relative to descriptors, so what
     was looked at is what is changed. A context manager: a backup that was not published goes.
@@ -3146,27 +3155,13 @@ class Target:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
-            self._vm_fd = self._open_vm()
+            self._vm_fd = open_vm_folder(self._vm, self._top)
             self._clear()
             self.folders = scan(self._vm_fd, self._patterns, self._vm)
         except BaseException:
             self.__exit__()
             raise
         return self
-
-    def _open_vm(self):
-        try:
-            fd = open_folder(self._vm, self._top)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise Refused("%s is a symbolic link or no folder: refused" % self._vm) from None
-            raise
-        # A file system may take a and A for the same, or give names in another Unicode form.
-        mine = unicodedata.normalize("NFC", self._vm)
-        if mine not in [unicodedata.normalize("NFC", name) for name in os.listdir(self._top)]:
-            os.close(fd)
-            raise Refused("%s belongs to a VM whose name differs only in case" % self._vm)
-        return fd
 
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay."""
@@ -3752,12 +3747,9 @@ def _preview_vm(run, choice, pool):
     settings, name, ref = run.settings, native(folder_name(choice.name)), choice.refs[0]
     disks, folders, warn = list_disks(pool.vbds[ref], pool.vdis), [], []
     with opened(settings.backup_dir) as top, contextlib.ExitStack() as stack:
-        vm_fd = None
-        if name in os.listdir(top):
-            try:
-                vm_fd = stack.enter_context(opened(name, top))
-            except OSError:
-                raise Refused("%s is a symbolic link or no folder: refused" % name) from None
+        with contextlib.suppress(FileNotFoundError):
+            vm_fd = open_vm_folder(name, top)
+            stack.callback(os.close, vm_fd)
             folders = scan(vm_fd, run.patterns, name)
         plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, run.probe,
                        pool.srs)
@@ -5655,16 +5647,8 @@ COMMANDS = ("verify", "list", "check", "extract", "restore")
 DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
-def command(words, log, watch):
-    """Carries out a command line, and logs what goes wrong; returns the exit status."""
-    try:
-        return dispatch(words, log, watch)
-    except (Exception, Interrupted) as error:
-        log_error(error, log)
-        return getattr(error, "exit_code", 2)
-
-
 def log_error(error, log):
+    """Logs what went wrong, a line for each cause."""
     for line in reason_of(error).split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
     debug(error, log)
@@ -5715,19 +5699,14 @@ def other_command(name, words, log, watch):
             "extract": extract_command, "restore": restore_command}[name](words, log, watch)
 
 
-def is_config(path):
-    """True if a line of the file begins with the name of a setting."""
-    with contextlib.suppress(ConfigError):
-        return os.path.isfile(path) and bool(load_config(path))
-    return False
-
-
-def check_order(first, second):
+def check_order(*words):
     """Refuses swapped arguments, and shows none of them: one is the password."""
-    key = first.lower().partition("=")[0]
-    selector = "=" in first and key in RULE_KEYS + ("create-password-file",)
-    if selector or DRY_RUN.match(first) or (
-            is_config(native(first)) and not is_config(native(second))):
+    key, separator, _ = words[0].lower().partition("=")
+    wrong, configs = separator and key in RULE_KEYS + ("create-password-file",), []
+    for word in filter(os.path.isfile, map(native, words)):
+        with contextlib.suppress(ConfigError):
+            configs += [word] if load_config(word) else []
+    if wrong or DRY_RUN.match(words[0]) or configs == [native(words[0])]:
         raise ConfigError("ERROR - the first argument has to be the password (a password file, - or"
                           " local), a config file or selector and preview stand behind it")
 
@@ -5891,7 +5870,11 @@ def main(argv=None) -> int:
     watch = Watch()
     watch.install()
     with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
-        return command(words, log, watch)
+        try:
+            return dispatch(words, log, watch)
+        except (Exception, Interrupted) as error:
+            log_error(error, log)
+            return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

@@ -527,7 +527,7 @@ def test_long_names_that_could_meet_in_one_folder(turn):
     site = turn(pool_of(long, cut, "web"))
     site.configure("vm-export=x.*", "vm-export=web", "max_backups=1")
     result = site.run()
-    made = [path for path in site.backups.glob("x*/*/success")]
+    made = list(site.backups.glob("x*/*/success"))
     good = [line for line in result.lines if re.match(r"VmBackup vm-export x.*Success", line)]
     assert len(made) == len(good) and len(good) in (0, 2), result
     assert len(site.folders("web")) == 1

@@ -14,8 +14,8 @@ whether they name it by its path or by a descriptor of its folder, and by the sa
 
     SHIM_NOSIZE  any value: file systems tell neither their size nor what is free (0 of 0)
 
-    SHIM_NFD     NFC/NFD: a name that holds the first is listed with the second, and found by both, as
-                 by file servers that store names in another Unicode form
+    SHIM_NFD     NFC/NFD: a name that holds the first is listed with the second and found by both,
+                 as by file servers that store names in another Unicode form
 
     SHIM_TIME    the time at which the process begins, in seconds since 1970
     SHIM_STANDS  it stays this second all the time
