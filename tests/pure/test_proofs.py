@@ -585,7 +585,8 @@ def endless(data):
 
 
 @pytest.mark.parametrize("prove, data", [
-    (vmbackup.prove_xva, archive(disk(700))), (raw(700), bytes(700)), (vhd_of(5 * MIB), a_vhd())])
+    (vmbackup.prove_xva, archive(disk(700))), (raw(700), bytes(700)), (vhd_of(5 * MIB), a_vhd())],
+    ids=["xva", "raw", "vhd"])
 def test_what_has_no_end_is_refused_soon(prove, data):
     with pytest.raises(vmbackup.ArchiveError):
         prove(endless(data))

@@ -200,7 +200,7 @@ def test_a_disk_image_needs_none(made, tmp_path, form):
 
 @pytest.mark.parametrize("words, why", [
     (["{top}/none"], "no such"), (["{top}/a.txt"], "no such"), (["{top}/fifo.xva"], "no such"),
-    (["{folder}", "to={top}/nothing"], "no such folder"), (["{folder}", "x"], "invalid parameter x"),
+    (["{folder}", "to={top}/no"], "no such folder"), (["{folder}", "x"], "invalid parameter x"),
     (["{folder}", "sr=x"], "invalid parameter"), (["{folder}", "to="], "invalid parameter")])
 def test_words_that_mean_nothing_are_exit_3(made, tmp_path, words, why):
     (tmp_path / "a.txt").write_text("x")
