@@ -220,7 +220,7 @@ def test_defect_14_a_dot_in_a_name_is_pointed_out_and_can_be_escaped(turn):
     here.configure("vm-export=a.b")
     result = here.run("preview")
     assert result.has("  vm-export: a.b, axb-and-more")
-    assert result.has("NOTE - a.b: not a simple name but a regular expression")
+    assert result.has("NOTE - vm-export=a.b: the VM of just this name is meant; it is no simple name")
     here.configure(r"vm-export=a\.b$")
     result = here.run("preview")
     assert result.has("VMs-not-in-backup: axb-and-more")

@@ -328,3 +328,14 @@ def test_a_keep_count_of_any_length_is_a_number(turn):
     here = turn(one_vm())
     here.configure("vm-export=web:" + "9" * 5000)
     assert here.run("preview").status == 0
+
+
+def test_zstd_where_nothing_decompresses_starts_nothing(turn):
+    """Such an export could not be proved: when xapi dies in it, its compressor ends the frame."""
+    here = turn(one_vm())
+    here.configure("vm-export=web", "compress=zstd")
+    for words in ([], ["preview"]):
+        result = here.run(*words, env={"PATH": "/nonexistent"})
+        assert result.status == 3, result
+        assert result.has("zstd")
+    assert not here.sim.calls()

@@ -4,14 +4,16 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
+from pathlib import Path
 
 import pytest
 from simulator.client import Simulator
 from simulator.pool import MIB, Pool, disk, vif
 from support.harness import Site, finish, start, vmbackup
 from support.upstream import folder_name, leave_backup
-from support.world import everything_below
+from support.world import everything_below, wait_until
 
 FORMS = {"xva": [], "xva.gz": ["compress=gzip"], "xva.zst": ["compress=zstd"],
          "raw": ["vdi_export_format=raw"], "vhd": ["vdi_export_format=vhd"]}
@@ -123,13 +125,13 @@ def test_what_may_be_named(made, tmp_path):
 
 
 @pytest.mark.parametrize("words, told", [
-    ([], "usage"), (["a", "b", "c"], "usage"), (["nothing"], "no such config file or folder: "),
+    ([], "Missing: "), (["a", "b", "c"], "invalid parameter c"), (["nothing"], "no such config file or folder: "),
 ])
 def test_words_that_name_nothing(words, told, tmp_path):
     result = vmbackup("verify", *words, cwd=tmp_path)
     assert result.status == 3
-    assert result.has(told)
-    assert len(result.lines) == 1
+    assert told in result.out + result.err
+    assert len(result.lines) <= 1
 
 
 def test_no_backup_is_no_proof(made, tmp_path):
@@ -301,7 +303,7 @@ def test_a_backup_without_sums_gets_the_check_of_its_structure(made, tmp_path, m
 
 
 def test_a_disk_of_325_has_the_size_that_its_vdi_cfg_tells(tmp_path):
-    for vm, size in (("good", MIB), ("short", MIB - 512), ("long", MIB + 512)):
+    for vm, size in (("good", MIB), ("short", MIB - 512), ("long", 3 * MIB + 512)):
         (leave_backup(tmp_path, vm, 5, suffix="raw") / (vm + ".raw")).write_bytes(bytes(size))
     told = verdicts(checked(tmp_path))
     assert {vm: verdict for vm, (verdict, _) in told.items()} == {
@@ -333,14 +335,18 @@ def test_verify_while_a_run_is_going_on(site):
     assert checked(here.config, top=here.path).status == 0
 
 
-def test_a_signal_ends_verify(made, tmp_path):
-    folder = tmp_path / "backups" / "web" / folder_name(5)
-    shutil.copytree(str(of(made["xva"])), str(folder))
-    export_in(folder).unlink()
-    os.mkfifo(str(folder / "web.xva"))  # it waits there
-    process = start("verify", tmp_path / "backups")
-    writer = os.open(str(folder / "web.xva"), os.O_WRONLY)
-    process.send_signal(2)
-    os.close(writer)
+def test_a_signal_ends_verify(tmp_path):
+    """It reads a file of which it would not see the end for minutes."""
+    folder = leave_backup(tmp_path, "web", 5, suffix="raw")
+    with (folder / "web.raw").open("wb") as file:
+        file.truncate(1 << 39)
+    (folder / "SHA256SUMS").write_text("".join("%s  %s\n" % (
+        hashlib.sha256(b"" if path.suffix == ".raw" else path.read_bytes()).hexdigest(),
+        path.relative_to(folder)) for path in folder.rglob("*")
+        if path.is_file() and path.name != "success"))
+    process = start("verify", tmp_path)
+    wait_until(lambda: any(os.path.realpath(str(link)) == str(folder / "web.raw") for link in
+                           Path("/proc/%d/fd" % process.pid).iterdir()))
+    process.send_signal(signal.SIGINT)
     result = finish(process)
     assert result.status == 130, result
