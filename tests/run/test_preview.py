@@ -155,8 +155,8 @@ def test_preview_changes_nothing(turn):
     assert below_backups(everything_below(here.path)) == below_backups(files)
     for method in here.sim.methods():
         assert method.startswith("session.log") or ".get_" in method
-    assert result.has("web: has 6 backups, keeps 4, would delete backup-2026-01-01-(02:00:00),"
-                      " backup-2026-01-02-(02:00:00), backup-2026-01-03-(02:00:00)")
+    for day in (1, 2, 3):
+        assert result.has("web: would delete backup-2026-01-0%d-(02:00:00)" % day)
     assert result.has("web: would remove the unfinished backup backup-2026-01-09-(02:00:00)")
     assert result.has("left out [NOBAK]")
 
@@ -424,7 +424,7 @@ def test_too_little_space_is_told_with_both_figures_and_space_check_passes_it_ov
     for vm, size in (("web", "[0-9.]+ [GT]iB"), ("huge", "4096 TiB")):
         (line,) = [line for line in result.lines if line.startswith("***ERROR - %s: " % vm)]
         assert re.search(size + " to expect, [0-9.]+ [GT]iB free", line)
-    assert result.lines[-1].startswith("ERROR preview parameters: 2 VM(s)")
+    assert result.lines[-1].startswith("ERROR preview parameters: 2 VMs")
     result = here.run("preview", "space_check=False", "compress=zstd")
     assert result.status == 0, result
     assert result.has("free: the last ones may not fit")

@@ -125,7 +125,8 @@ def test_what_may_be_named(made, tmp_path):
 
 
 @pytest.mark.parametrize("words, told", [
-    ([], "Missing: "), (["a", "b", "c"], "invalid parameter c"), (["nothing"], "no such config file or folder: "),
+    ([], "Missing: "), (["a", "b", "c"], "invalid parameter c"),
+    (["nothing"], "no such config file or folder: "),
 ])
 def test_words_that_name_nothing(words, told, tmp_path):
     result = vmbackup("verify", *words, cwd=tmp_path)
@@ -340,6 +341,7 @@ def test_a_signal_ends_verify(tmp_path):
     folder = leave_backup(tmp_path, "web", 5, suffix="raw")
     with (folder / "web.raw").open("wb") as file:
         file.truncate(1 << 39)
+    (folder / "DISK-xvda" / "vdi.cfg").write_text("virtual_size=%d\n" % (1 << 39))
     (folder / "SHA256SUMS").write_text("".join("%s  %s\n" % (
         hashlib.sha256(b"" if path.suffix == ".raw" else path.read_bytes()).hexdigest(),
         path.relative_to(folder)) for path in folder.rglob("*")
