@@ -158,7 +158,7 @@ def test_preview_changes_nothing(turn):
     for day in (1, 2, 3):
         assert result.has("web: would delete backup-2026-01-0%d-(02:00:00)" % day)
     assert result.has("web: would remove the unfinished backup backup-2026-01-09-(02:00:00)")
-    assert result.has("left out [NOBAK]")
+    assert result.has("([NOBAK] scratch) is left out")
 
 
 def calls_of_preview(tmp_path, vms, line):

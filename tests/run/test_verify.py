@@ -342,6 +342,7 @@ def test_a_signal_ends_verify(tmp_path):
     with (folder / "web.raw").open("wb") as file:
         file.truncate(1 << 39)
     (folder / "DISK-xvda" / "vdi.cfg").write_text("virtual_size=%d\n" % (1 << 39))
+    (folder / "vm.cfg").write_text("name_label=web\n")
     (folder / "SHA256SUMS").write_text("".join("%s  %s\n" % (
         hashlib.sha256(b"" if path.suffix == ".raw" else path.read_bytes()).hexdigest(),
         path.relative_to(folder)) for path in folder.rglob("*")
