@@ -83,10 +83,10 @@ class Here:
             assert [name for name in os.listdir(str(place)) if name.startswith(".")
                     and ("restore-" in name or "lock" in name)] == []
 
-    def the_vm(self):
+    def the_vm(self, of=VM):
         """(ref, record) of the one new VM; its disks are those of the original, byte for byte."""
         ((ref, record),) = self.new("VM").items()
-        old = {one["name_label"]: one for _, one in self.sim.disks_of(VM)}
+        old = {one["name_label"]: one for _, one in self.sim.disks_of(of)}
         new = {one["name_label"]: one for _, one in self.sim.disks_of(record["uuid"])}
         assert sorted(old) == sorted(new)
         for name, one in old.items():
