@@ -55,7 +55,6 @@ import os
 import queue
 import re
 import resource
-import shlex
 import shutil
 import signal
 import socket
@@ -195,8 +194,7 @@ class ConnectionLost(XapiError):
 
     def __init__(self, reason):
         super().__init__(["CONNECTION_LOST"])
-        text = describe(reason).replace("ERROR - ", "")  # a session is worth a password
-        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", text)
+        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", describe(reason))  # worth a password
         self.args = ("the connection to the host broke: %s" % text,)
 
 
@@ -314,44 +312,28 @@ Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: 
 Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
 
-def open_file(name, dir_fd=None):
-    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, and
-    BackupError (never a wait) for what is no regular file."""
+def read_small(name, dir_fd=None, limit=MIB, part=False):
+    """The bytes of a small file; part: only its first `limit` bytes, however large it is. With
+    dir_fd no link is followed. BackupError (never a wait) for what is no regular file, or larger
+    than `limit`; OSError for what cannot be read."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise BackupError("%s is no regular file" % name)
-    return fd
-
-
-def read_small(name, dir_fd=None, limit=MIB, part=False):
-    """The bytes of a small file, opened by open_file; part: only its first `limit` bytes, however
-    large it is. BackupError if it is larger than `limit`."""
-    fd, data, piece = open_file(name, dir_fd), b"", None
     try:
-        while len(data) <= limit and piece != b"":
-            piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
-            data += piece
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise BackupError("%s is no regular file" % name)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(limit if part else limit + 1)
     finally:
         os.close(fd)
-    if len(data) > limit and not part:
+    if len(data) > limit:
         raise BackupError("%s is larger than %s" % (name, size_text(limit)))
-    return data[:limit]
+    return data
 
 
-def _choice(*same, **values):
-    values.update({value.lower(): value for value in same})
-    return lambda text: values[text.lower()]
-
-
-def _like(pattern, convert):
-    def parse(text):
-        if not re.match(pattern, text):
-            raise ValueError
-        return convert(text)
-
-    return parse
+def _choice(*values, **others):
+    table = {str(value).lower(): value for value in values}
+    table.update(others)
+    return lambda text: table[text.lower()]
 
 
 def _number(low, high):
@@ -364,7 +346,24 @@ def _number(low, high):
 
 
 def _several(parse):
-    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()]
+    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()] or None
+
+
+def _file(text):
+    return native(text) or None
+
+
+def _metrics_file(text):
+    if not text.endswith(".prom"):
+        raise ValueError
+    return native(text)
+
+
+def _fingerprint(text):
+    pin = text.replace(":", "").lower()
+    if not re.match(r"[0-9a-f]{64}\Z", pin):
+        raise ValueError
+    return pin
 
 
 def _pattern(text):
@@ -391,18 +390,22 @@ def parse_time(name, pattern):
 
 def _host_and_port(text):
     """(host, port or None) of `host`, `host:port`, `[v6]:port` or a bare v6 address."""
-    text = "[%s]" % text if text.count(":") > 1 and "[" not in text else text
-    match = re.match(r"(\[[\w:.%-]+\]|[\w.-]+)(:([0-9]{1,5}))?/?\Z", text)
-    if not match or not 0 < int(match.group(3) or 1) < 65536:
+    url = urllib.parse.urlsplit("//" + (
+        "[%s]" % text if text.count(":") > 1 and not text.startswith("[") else text))
+    host = url.hostname
+    if not host or url.username or url.path.strip("/") or url.query or url.fragment:
         raise ValueError
-    host = match.group(1).strip("[]").lower()
+    if not re.match(r"[\w.:%-]+\Z", host) or url.port == 0:
+        raise ValueError
     host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
-    return host, int(match.group(3) or 0) or None
+    return host, url.port
 
 
 def parse_host(text):
-    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket; else
-    ValueError, for http:// to an address that is not loopback, too."""
+    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket.
+
+    Raises ValueError for anything else, and for http:// to an address that is not loopback.
+    """
     if text.startswith("/"):
         return Address("unix", native(text), 0)
     scheme, separator, rest = text.partition("://")
@@ -418,48 +421,53 @@ def is_loopback(host):
     return host in ("localhost", "::1") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-_flag = _choice(true=True, false=False)
+_flag = _choice(True, False)
 _count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
-    ("backup_dir", "/snapshots/BACKUPS", native, "folder for the backups; it must exist"),
-    ("status_log", "/snapshots/NAUbackup/status.log", native, "for monitors; empty: none"),
+    ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
+    ("status_log", "/snapshots/NAUbackup/status.log", _file,
+     "log for monitors, a line per event, of runs with a config file; empty: none"),
     ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
-    ("keep_daily", "0", _count, "keep the newest of each of the last N days, too: 0 or more"),
+    ("keep_daily", "0", _count, "keep the newest backup of each of the last N days, too (days that"
+     " have one; the keep_ settings and max_backups only add to each other): 0 or more"),
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
     ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
     ("compress", "False", _choice("False", "True", "gzip", "zstd", none="False"),
-     "compression by the host: False (or none), True or gzip, zstd"),
+     "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
-    ("host", "localhost", _several(parse_host), "name, address, host:port, [v6]:port, https://...,"
-     " http:// to a loopback address, with `local` a socket's path; several by commas"),
+    ("host", "localhost", _several(parse_host),
+     "XAPI host: name, address, host:port, [v6]:port, https://..., http:// to a loopback address"
+     " only; several separated by commas, tried in order. With `local`: the socket's path"),
     ("username", "root", str, "user to log in as"),
-    ("tls_ca", "", native, "PEM file of the CA that signed the host's certificate"),
-    ("tls_fingerprint", "", _several(
-        _like(r"(:?[0-9A-Fa-f]){64}\Z", lambda text: text.replace(":", "").lower())),
+    ("tls_ca", "", _file, "PEM file of the CA that signed the host's certificate"),
+    ("tls_fingerprint", "", _several(_fingerprint),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
     ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
     ("rate_limit", "0", _count, "MB/s for all exports together, or a restore; 0: no limit"),
     ("retries", "0", _count, "how often a failed VM is tried again after all others: 0 or more"),
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
-    ("require_mount", "False", _flag, "True: no run where backup_dir is on the disk of /; False"),
+    ("require_mount", "False", _flag,
+     "True: no run where backup_dir lies on the file system of / (a share not mounted); False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
-     "a backup's folder: strftime, at least year, month and day, no slash"),
-    ("mail_to", "", _several(str), "receivers, by commas; mail_from and smtp_server go with it"),
+     "name of a backup's folder: strftime, at least year, month and day, no slash"),
+    ("mail_to", "", _several(str), "receivers of the mail that is sent when mail_to, mail_from and"
+     " smtp_server are set; several by commas"),
     ("mail_from", "", str, "sender of the mail"),
     ("smtp_server", "", _host_and_port, "mail server: a name, an address, or host:port"),
     ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
     ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
     ("smtp_user", "", str, "login at the mail server"),
-    ("smtp_password_file", "", native, "its password, in a file made by create-password-file"),
-    ("smtp_ca", "", native, "PEM file of the CA that signed the mail server's certificate"),
+    ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
+    ("smtp_ca", "", _file, "PEM file of the CA that signed the mail server's certificate"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
-    ("report_json", "", native, "report of the run as JSON, replaced at the end of every run"),
-    ("metrics_file", "", _like(r".*\.prom\Z", native), "file *.prom for node_exporter"),
+    ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
+    ("metrics_file", "", _metrics_file,
+     "a file *.prom for node_exporter's textfile collector, replaced at the end of every run"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
@@ -507,14 +515,19 @@ def load_config(path):
     """read_config of the file. Raises ConfigError, with no word of the file's where none of its
     lines begins with a setting's name: it may be a password file."""
     try:
-        data = read_small(path, limit=MIB + 1, part=True)
+        pairs = read_config(read_small(path, limit=MIB + 1, part=True), path)
     except (OSError, BackupError) as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-    pairs = read_config(data, path)
+        text = describe(error)
+        raise ConfigError(text if "ERROR" in text else "ERROR - cannot read %s" % text) from None
     if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
         raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
                           " a setting (for a VM of that name: vm-export=NAME)" % path)
     return pairs
+
+
+def is_simple(name):
+    """True for a name of letters and digits of any script, space, '-' and '_' only."""
+    return all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
 
 
 def make_rule(key, value):
@@ -525,20 +538,22 @@ def make_rule(key, value):
         name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
-    # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
-    simple = all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
-    return Rule(key, value, name, keep, simple and bool(name))
+    # A simple name that is empty would match no VM: an empty vm-export= means all of them.
+    return Rule(key, value, name, keep, bool(name) and is_simple(name))
 
 
 def make_settings(config, words):
-    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)]. Raises
-    ConfigError with a line for each mistake: unknown name, value not allowed."""
+    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)].
+
+    Raises ConfigError with a line for each mistake: unknown name, value not allowed.
+    """
     settings, mistakes, seen = Settings(), [], set()
-    ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
+    extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
+    ignore = bool(extra) and str(extra[-1]).lower() == "true"
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if in_file and str(ignore).lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
+            if ignore and in_file and key not in KNOWN and key not in RULE_KEYS:
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -558,31 +573,30 @@ def make_settings(config, words):
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
+    mistakes += _mail_mistakes(settings) if not mistakes else []
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    _check_mail(settings)
     return settings
 
 
-def _check_mail(settings):
-    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+def _mail_mistakes(settings):
+    user, mistakes, absent = settings.smtp_user, [], [
+        key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
     safe = settings.smtp_starttls or settings.smtp_port == 465
-    if settings.smtp_user and not safe and not is_loopback(settings.smtp_server or ""):
-        raise ConfigError("ERROR - smtp_user needs smtp_starttls=True, or its password goes in"
-                          " clear")
-    if settings.smtp_user and not settings.smtp_password_file:
-        raise ConfigError("ERROR - smtp_user needs smtp_password_file")
-    if len(absent) in (1, 2):
-        raise ConfigError("ERROR - for a mail %s must be set, too" % " and ".join(absent))
+    if user and not safe and not is_loopback(settings.smtp_server or ""):
+        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
+    if user and not settings.smtp_password_file:
+        mistakes.append("ERROR - smtp_user needs smtp_password_file")
+    if not mistakes and len(absent) in (1, 2):
+        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
+    return mistakes
 
 
 def similar(word, names):
-    """The one of `names` that is spelled most like `word`, whatever the case, or ''."""
+    """The one of `names` that is spelled most like `word`, or ''."""
     import difflib
 
-    plain = {unicodedata.normalize("NFC", name).casefold(): name for name in names}
-    word = unicodedata.normalize("NFC", word).casefold()
-    return "".join(plain[name] for name in difflib.get_close_matches(word, plain, 1, 0.66))
+    return "".join(difflib.get_close_matches(word.lower(), names, 1, 0.7))
 
 
 def allowed(word, names):
@@ -614,12 +628,15 @@ def _parse_setting(key, value, where):
     setting = KNOWN[key]
     if not value and (not setting.default or key == "status_log"):
         return None
-    with contextlib.suppress(ValueError, KeyError):
+    try:
         parsed = setting.parse(value)
-        if parsed not in ("", []):
-            return parsed
-    raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s" % (
-        where, key, value, setting.about, meant(value) if " #" in value else ""))
+        if parsed in (None, ""):
+            raise ValueError
+        return parsed
+    except (ValueError, KeyError):
+        hint = meant(value) if " #" in value else ""
+        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s"
+                          % (where, key, value, setting.about, hint)) from None
 
 
 # ============================== password and hosts ==============================
@@ -627,19 +644,20 @@ def _parse_setting(key, value, where):
 # No message here shows the first argument: it may be the password, or by mistake something else's.
 
 
-def read_line(stream):
-    """The first line of standard input, as bytes; asked for, and not shown, where that is a
-    terminal. (The module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)
-    """
-    if not stream.isatty():
-        return stream.buffer.readline(MIB)
+@contextlib.contextmanager
+def no_echo(stream):
+    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
+    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
+    if stream is None or not stream.isatty():
+        yield
+        return
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
     termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
     try:
         print("Password: ", end="", file=sys.stderr, flush=True)
-        return stream.buffer.readline(MIB)
+        yield
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
         print(file=sys.stderr, flush=True)
@@ -665,7 +683,8 @@ def read_password_file(path, plain=False):
 def read_password(word, literal=False):
     """The password that the first argument stands for. literal: whatever file has that name."""
     if word == "-":
-        line = read_line(sys.stdin) if sys.stdin else b""
+        with no_echo(sys.stdin):
+            line = sys.stdin.buffer.readline(MIB) if sys.stdin else b""
         if not line:
             raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
@@ -710,58 +729,72 @@ Selection = collections.namedtuple(
 
 
 def select(rules, names, only=()):
-    """Which VMs the rules choose: a Selection, in the order of a run. names: {name: [ref, ...]} of
-    all candidates; only: Rules that narrow what was chosen. Pure. Raises ConfigError."""
-    every, choices = sorted(names), []
-    found = _match(rules, every)
-    owners = {name: rule for rule, hits in found if rule.key == "exclude" for name in hits}
-    excluded = list(owners)
+    """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
+
+    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Simple
+    names come first, regular expressions do not replace them, among equals the last definition
+    counts, exclude wins, and what vdi-export chose is not vm-exported. Pure. Raises ConfigError;
+    an expression of exponential time may take for ever.
+    """
+    every, mistakes, found = sorted(names), [], []
+    for rule in rules:
+        try:
+            found.append((rule, _matching(rule, every, names)))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    excludes = [(rule, hits) for rule, hits in found if rule.key == "exclude"]
+    owners = {name: rule for rule, hits in excludes for name in hits}  # who decided of each VM
+    choices, excluded = [], list(owners)
     for kind in ("vdi-export", "vm-export"):
-        simple = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
-        regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
-                 for name in hits}
-        for name, rule in {**simple, **regex, **simple}.items():  # simple ones come first, and win
+        chosen = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
+        by_regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
+                    for name in hits}
+        for name, rule in list(by_regex.items()):
+            chosen.setdefault(name, rule)
+        for name, rule in chosen.items():
             if name not in owners:
                 owners[name] = rule
                 choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-    taken = [choice.name for choice in choices]
-    left = [name for name in every if name not in set(taken)]
-    lost = [rule for rule, hits in found if not hits]
+    taken = {choice.name for choice in choices}
+    lost = [(rule, hits) for rule, hits in found if not hits]
     if only:
-        wanted = _match(only, taken)
+        chosen = {choice.name: choice.refs for choice in choices}
+        wanted = [(rule, _matching(rule, sorted(chosen), chosen)) for rule in only]
         kept = {name for _, hits in wanted for name in hits}
         choices = [choice for choice in choices if choice.name in kept]
-        lost += [rule for rule, hits in wanted if not hits]
+        lost += [(rule, hits) for rule, hits in wanted if not hits]
         if not choices:
             raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
-                "only=%s%s" % (rule.value, _hint(rule, taken)) for rule in only))
+                _unmatched(rule, sorted(chosen)) for rule in only))
     return Selection(
-        choices, excluded, left, [rule.value for rule in lost if rule.key == "exclude"],
-        ["%s=%s%s" % (rule.key, rule.value, _hint(rule, every)) for rule in lost
+        choices, excluded, [name for name in every if name not in taken],
+        [rule.value for rule, _ in lost if rule.key == "exclude"],
+        [_unmatched(rule, every) for rule, _ in lost
          if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
         _notes(found, owners, every))
 
 
-def _match(rules, names):
-    """[(Rule, the names that it matches)]; a name that is exactly its value is always meant, too.
-    Raises ConfigError with a line for each that neither compiles nor is a name."""
-    found, mistakes, there = [], [], set(names)
-    for rule in rules:
-        hits = [rule.name] if rule.name in there else []
-        try:
-            if not rule.simple:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    match = re.compile(rule.name).match
-                hits = [name for name in names if name == rule.name or match(name)]
-        except (re.error, ValueError, OverflowError, RecursionError):
-            if not hits:
-                mistakes.append("***ERROR - invalid regex: %s=%s%s" % (
-                    rule.key, rule.value, meant(rule.name)))
-        found.append((rule, hits))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return found
+def _unmatched(rule, names):
+    hint = (not rule.simple and meant(rule.name)) or _perhaps(rule.name, names)
+    return "%s=%s%s" % (rule.key, rule.value, hint)
+
+
+def _matching(rule, every, names):
+    """The names that a Rule matches; one that is exactly its value is always meant, too."""
+    if rule.simple:
+        return [rule.name] if rule.name in names else []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            match = re.compile(rule.name).match
+    except (re.error, ValueError, OverflowError, RecursionError):
+        if rule.name in names:
+            return [rule.name]
+        raise ConfigError("***ERROR - invalid regex: %s=%s%s"
+                          % (rule.key, rule.value, meant(rule.name))) from None
+    return [name for name in every if name == rule.name or match(name)]
 
 
 def _notes(found, owners, every):
@@ -769,23 +802,47 @@ def _notes(found, owners, every):
     notes, decided = [], {id(rule) for rule in owners.values()}
     for rule, hits in found:
         text = "NOTE - %s=%s: " % rule[:2]
-        if not hits and (rule.simple or rule.key == "exclude") and _hint(rule, every):
-            notes.append(text + "no VM bears this name" + _hint(rule, every))
-        elif hits and id(rule) not in decided and rule.key != "exclude":
+        if not hits:
+            hint = meant(rule.name) if rule.key == "exclude" and not rule.simple else ""
+            hint = hint or (_perhaps(rule.name, every) if rule.simple else "")
+            notes += [text + "no VM bears this name" + hint] if hint else []
+        elif id(rule) not in decided and rule.key != "exclude":
             by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
             more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
             notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
-        if rule.name in hits and not rule.simple:
+        if hits and not rule.simple and rule.name in hits:
             others = [name for name in hits if name != rule.name]
-            notes.append("%sthe VM of just this name is meant; as a regular expression it may match"
-                         " others too%s" % (text, ": " * bool(others) + ", ".join(others[:5])))
+            notes.append("%sthe VM of just this name is meant; it is no simple name but a regular"
+                         " expression, it may match others too%s"
+                         % (text, ": " + ", ".join(others[:5]) if others else ""))
     return notes
 
 
-def _hint(rule, names):
-    """What a rule that matches nothing probably means, in brackets, or ''."""
-    near = similar(rule.name, names)
-    return meant(rule.name) or (' (perhaps "%s" is meant)' % near if near else "")
+def _perhaps(name, names):
+    near = nearest(name, names)
+    return ' (perhaps "%s" is meant)' % near if near else ""
+
+
+def nearest(name, names):
+    """The one of `names` that differs from `name` only in case or by a letter, or ''."""
+    mine = _plain(name)
+    near = [(_plain(other) != mine, re.sub(r"\d", "", other) == re.sub(r"\d", "", name), other)
+            for other in names if other != name and _one_letter_apart(mine, _plain(other))]
+    return min(near)[2] if near else ""
+
+
+def _plain(name):
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _one_letter_apart(one, two):
+    """True where one letter is too much, missing, another, or swapped with the next; or none."""
+    if abs(len(one) - len(two)) > 1:
+        return False
+    start = len(os.path.commonprefix([one, two]))
+    one, two = one[start:], two[start:]
+    return one[1:] == two[1:] or one[1:] == two or one == two[1:] or (
+        one[:2] == two[1::-1] and one[2:] == two[2:])
 
 
 # ============================== names, folders and retention ==============================
@@ -804,10 +861,9 @@ class Folder(NamedTuple):
     export: Any = None  # its file name
     size: int = 0  # of the export; 0: none
     uuid: str = ""  # orig_uuid of vm.cfg
-    date: Any = None  # the day that the name tells, or else `created`: local
+    date: Any = None  # what the name tells: local
     error: str = ""  # why it cannot be read
-    foreign: Any = None  # the first name that is not ours (judge looks closer)
-    label: str = ""  # name_label of vm.cfg
+    foreign: Any = None  # the first name that is not ours (foreign_entry looks closer)
 
 
 EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
@@ -823,15 +879,17 @@ STREWN = re.compile(
     r"ehthumbs_vista\.db\Z|desktop\.ini\Z)|\.nfs[^/]+\Z|\.__?smb[^/]+\Z|"
     r"\.smbdelete[^/]+\Z|\.fuse_hidden[^/]+\Z|(@eaDir|@SynoEAStream|@SynoResource|\.@__thumb|"
     r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of another kind
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
 PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
            ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
 
 
 def folder_name(name):
-    """The file name for a VM's name: at most 200 bytes, never '', '.', '..' or hidden, another for
-    each name. What is longer is cut and ended with ~ and 8 hex digits of the name's SHA-256."""
+    """The file name for a VM's name: injective, at most 200 bytes, never '', '.', '..' or hidden.
+
+    '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
+    cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
+    """
     escaped = re.sub("[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
                      lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
@@ -845,10 +903,11 @@ def folder_name(name):
 def vm_name(folder):
     """The VM's name that a folder's name on disk tells: folder_name undone (a cut one stays)."""
     text = "" if folder == "%" else from_argv(folder)
-    try:
-        return urllib.parse.unquote_to_bytes(utf8(text)).decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:  # 3.25 wrote a % as it is
-        return text
+    data = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes.fromhex(match.group(1).decode()),
+                  utf8(text))
+    with contextlib.suppress(UnicodeDecodeError):  # 3.25 wrote a % as it is
+        text = data.decode("utf-8", "surrogatepass")
+    return text
 
 
 def open_folder(name, dir_fd=None):
@@ -877,62 +936,66 @@ def read_cfg(name, dir_fd):
 
 
 def scan(vm_fd, patterns, vm=None):
-    """The Folders in a VM's folder, unknown ones included. patterns: of their names, for strptime;
-    None: any that our marker dates will do. vm: the name of the VM's folder on disk, which exports
-    have to bear (None: any). Raises OSError if the VM's folder itself cannot be read."""
+    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out.
+
+    patterns: of folder names, for strptime; None: any folder that our marker dates will do. vm: the
+    name of the VM's folder on disk, which exports have to bear (None: any). Raises OSError if the
+    VM's folder itself cannot be read."""
     found = []
     for name in os.listdir(vm_fd):
-        text, item = from_argv(name), Folder(name)
+        text = from_argv(name)
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
-        moment = next(filter(None, moments), None)
-        with contextlib.suppress(OSError, OverflowError, ValueError):
-            item = Folder(name, moment.timestamp(), date=moment.date()) if moment else item
-        ours = patterns is None or item.created is not None
+        moment, dated = next(filter(None, moments), None), Folder(name)
+        if moment:
+            with contextlib.suppress(OSError, OverflowError, ValueError):
+                dated = Folder(name, moment.timestamp(), date=moment.date())
+        look = dated.created is not None or patterns is None
         try:
             with opened(name, vm_fd) as fd:
-                seen = _look(fd, item, vm) if ours else item
-                found.append(seen if seen.created is not None else item)
+                item = _look(fd, dated, vm) if look else dated
+                found.append(item if item.created is not None else dated)
         except OSError as error:
-            if error.errno not in ABSENT:
-                found.append(item._replace(error=describe(error) if ours else ""))
+            gone = (errno.ENOTDIR, errno.ELOOP, errno.ENOENT)  # no folder, or pruned meanwhile
+            if error.errno not in gone:
+                found.append(dated._replace(error=describe(error) if look else ""))
     return found
 
 
-def _look(fd, item, vm):
-    """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, date, cfg, size = os.listdir(fd), item.created, item.date, {}, 0
-    marker, text = read_marker(fd, inside)
+def _look(fd, dated, vm):
+    """The whole Folder: its descriptor, and what its name tells."""
+    inside, created, uuid, size = os.listdir(fd), dated.created, "", 0
+    marker, text = _marker(fd, inside)
     told = re.match(rb"created=([0-9]{1,11})\n", text)
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
-        date = date or datetime.date.fromtimestamp(created)
-    other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
-    exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
-    export = min(exports, default=None)
+    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
+                 default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
-    with contextlib.suppress(OSError, BackupError):
-        cfg = read_cfg("vm.cfg", fd)
-    strewn = {name for name in other if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in other if name not in strewn and not _may_lie(name, vm)]
+    if "vm.cfg" in inside:
+        with contextlib.suppress(OSError, BackupError):
+            uuid = read_cfg("vm.cfg", fd).get("orig_uuid", "")
+    more = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
+    strewn = {name for name in more if STREWN.match(name) or STREWN.match(name + "/")}
+    foreign = [name for name in more if name not in strewn and not _may_lie(name, vm)]
     begun = any(name.endswith(".partial") for name in inside if name not in strewn)
     pinned = "keep" in inside
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(item.name, created, marker, unfinished, pinned, export, size,
-                  cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
-                  cfg.get("name_label", ""))
+    return Folder(dated.name, created, marker, unfinished, pinned, export, size, uuid, dated.date,
+                  "", min(foreign, default=None))
 
 
-def read_marker(fd, inside):
-    """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
-    for one that cannot be read: such a folder is not known to be unfinished."""
-    for name in sorted(set(MARKERS).intersection(inside)):
-        try:
-            return name, read_small(name, fd, 4096, part=True)
-        except (OSError, BackupError) as error:
-            if getattr(error, "errno", errno.ENOENT) not in ABSENT:
-                raise
+def _marker(fd, inside):
+    """(name of the marker or None, what it says)."""
+    for name in MARKERS:
+        if name in inside:
+            try:
+                return name, read_small(name, fd, 4096)
+            except (OSError, BackupError):
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISREG(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                        return name, b""
     return None, b""
 
 
@@ -951,10 +1014,12 @@ def whole(folder):
 
 
 def kept(folders, policy, newest=None, uuid="", pre_clean=False):
-    """{name: [reason, ...]} of the backups that stay, oldest first. Each rule looks at all of them
-    for itself. newest: name of the backup just made, the newest whatever the clock says. uuid: that
-    of the present VM ("": of the newest backup that tells one). pre_clean: one more is about to be
-    made, so the last are one fewer."""
+    """{name: [reason, ...]} of the backups that stay, oldest first.
+
+    newest: name of the backup just made, the newest whatever the clock says. uuid: that of the
+    present VM ("": of the newest backup that tells one). pre_clean: one more is about to be made,
+    so the last are one fewer. Each rule looks at all backups for itself: pruning night after night
+    leaves what one pruning of all would. Days are those of the folders' names."""
     order = [item for item in backups(folders) if not item.pinned]
     order = sorted(order, key=lambda item: item.name == newest)[::-1]
     why = {item.name: ["pinned"] if item.pinned else [] for item in backups(folders)}
@@ -964,7 +1029,7 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     for rule, period in PERIODS:
         found = {}
         for item in order:
-            key = period(item.date)
+            key = period(_date(item))
             if key in found:
                 hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
                 found[key] = item if hollow else found[key]
@@ -988,6 +1053,12 @@ def expired(folders, policy, newest=None, uuid="", pre_clean=False):
     return [item.name for item in backups(folders) if item.name not in stay]
 
 
+def _date(item):
+    with contextlib.suppress(OverflowError, ValueError, OSError):
+        return item.date or datetime.date.fromtimestamp(item.created)
+    return datetime.date.today()  # `created` is infinite: one that is yet to be made
+
+
 # --- deletion ---
 
 
@@ -995,12 +1066,12 @@ def _may_lie(path, vm):
     """Whether a file of this path may lie in a backup's folder. An export bears the name of the
     VM's folder: anything else.raw may be what a user unpacked."""
     export = EXPORT.match(path[:-8] if path.endswith(".partial") else path)
-    if export and not STREWN.match(path):  # .AppleDouble/NAME.xva
-        return vm is None or nfc(vm) == nfc(export.group(1))
+    if export:
+        return vm is None or _form(vm) == _form(export.group(1))
     return bool(OWN_FILES.match(path) or STREWN.match(path))
 
 
-def nfc(name):
+def _form(name):
     return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
 
 
@@ -1024,27 +1095,32 @@ def _walk(fd, vm, foreign, above=""):
     return found
 
 
-def judge(fd, vm):
-    """(what is in a backup's folder, why it must not be deleted or ""). vm: name of the VM's folder
-    on disk. Foreign is what no version of this program wrote and nobody strewed. Raises OSError."""
+def foreign_entry(fd, vm):
+    """The first thing in a backup's folder that no version of this program wrote and that nobody
+    strewed, as a path below it, or None. vm: name of the VM's folder on disk. Raises OSError."""
     foreign = []
-    tree = _walk(fd, vm, foreign)
-    why = "its file `keep` pins it" if ("keep", None) in tree else ""
-    return tree, "it holds %s, which is not ours" % foreign[0] if foreign else why
+    _walk(fd, vm, foreign)
+    return foreign[0] if foreign else None
 
 
 def remove_folder(vm_fd, name, vm):
-    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk): only what was
-    judged. Raises BackupError, with nothing changed, if it is a link, pinned, or anything foreign
-    is in it."""
+    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk).
+
+    Its marker becomes UNFINISHED first, which goes last: a deletion that is cut short leaves what
+    the next run knows as unfinished, never as a backup. The export goes first of the rest; where
+    that fails, the marker comes back and nothing is lost. Only what was judged is deleted. Raises
+    BackupError, with nothing changed, if it is a link, pinned, or anything foreign is in it."""
     try:
         fd = open_folder(name, vm_fd)
     except NotADirectoryError:
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
     try:
-        tree, why = judge(fd, vm)
+        foreign = []
+        tree = _walk(fd, vm, foreign)
+        why = ["it holds %s, which is not ours" % path for path in foreign]
+        why += ["its file `keep` pins it"] if ("keep", None) in tree else []
         if why:
-            raise BackupError("%s is left alone: %s" % (name, why))
+            raise BackupError("%s is left alone: %s" % (name, why[0]))
         _empty(fd, tree)
     finally:
         os.close(fd)
@@ -1052,9 +1128,7 @@ def remove_folder(vm_fd, name, vm):
 
 
 def _empty(fd, tree):
-    """Deletes what _walk found. The marker becomes UNFINISHED first, which goes last: a deletion
-    that is cut short leaves what the next run knows as unfinished, never as a backup. The export
-    goes first of the rest; where that fails, the marker comes back and nothing is lost."""
+    """Deletes in remove_folder's order what _walk found."""
     markers = [marker for marker in MARKERS if (marker, None) in tree]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
@@ -1067,8 +1141,8 @@ def _empty(fd, tree):
         if markers:
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
         raise
-    _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
-        item[0] == UNFINISHED, item[0].endswith(".partial"))))
+    tree = sorted(tree + [(UNFINISHED, None)], key=lambda item: item[0] == UNFINISHED)
+    _delete(fd, sorted(tree, key=lambda item: item[0].endswith(".partial")))
 
 
 def _delete(fd, tree):
@@ -1111,18 +1185,16 @@ class Reader:
         self._pieces, self.where, self.at = iter(pieces), where, 0
         self._piece = self._left = memoryview(b"")
 
-    def _more(self):
-        while not len(self._left):
-            piece = next(self._pieces, None)
-            if piece is None:
-                return False
+    def _next(self):
+        piece = next(self._pieces, None)
+        if piece is not None:
             self._piece = self._left = piece
-        return True
+        return piece is not None
 
     def stream(self, size):
         """The next `size` bytes as views, each valid until the next."""
         while size:
-            if not self._more():
+            if not len(self._left) and not self._next():
                 raise ArchiveError(error_text(self._piece, "it is cut off at " + self.where))
             view, self._left = self._left[:size], self._left[size:]
             size -= len(view)
@@ -1141,7 +1213,7 @@ class Reader:
 
     def rest(self):
         """All that follows, as views."""
-        while self._more():
+        while len(self._left) or self._next():
             yield from self.stream(len(self._left))
 
 
@@ -1400,17 +1472,15 @@ def prove_vhd(pieces, size=None):
 
 def dump_tables(pieces):
     """Names of the tables of a dump of the pool's database, and "schema 5.711" as its manifest has
-    it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
-    others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
-    sends one without tables (pool_db_backup.ml)."""
-    path, names, schema, seen, piece = [], set(), {}, 0, b""
-    shapes = collections.defaultdict(collections.Counter)  # of each table's rows
+    it. Raises ArchiveError if it is no XML to its </database> or has no VM (every host is one):
+    during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
+    path, names, schema, vms, seen, piece = [], set(), {}, [], 0, b""
     parser = xml.parsers.expat.ParserCreate("utf-8")
 
     def begin(name, attributes):
         path.append(attributes.get("name", "") if name == "table" else name)
-        if name == "row" and len(path) == 3:
-            shapes[path[1]][frozenset(attributes)] += 1
+        if path[1:] == ["VM", "row"] and not vms:
+            vms.append(True)
         elif name == "table":
             names.add(path[-1])
         elif name == "pair":
@@ -1433,12 +1503,8 @@ def dump_tables(pieces):
     except xml.parsers.expat.ExpatError as error:
         text = "the dump is damaged or does not end in </database>: %s" % error
         raise ArchiveError(error_text(piece, text)) from None
-    if "VM" not in shapes:
+    if not vms:
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-    for table, rows in shapes.items():
-        (usual, many), (odd, one) = (rows.most_common() + [(frozenset(), 0)])[:2]
-        if many > 1 == one and odd < usual:  # two that the cut made one
-            raise ArchiveError("the dump is damaged in table %s" % table)
     names.add("schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn")))
     return names
 
@@ -1539,7 +1605,7 @@ LOOK = 0.2  # seconds
 STOP_GRACE = 5  # seconds a call may still take at a stop: the host may just have made a session
 CLEANUP_GRACE = 20  # seconds for each call that is begun after it, to clean up
 STOP_ENDS = 55  # seconds after which a stop ends the program, whatever hangs
-ONE_SIGNAL = 0.2  # seconds within which a signal and its echo are one: timeout(1) sends it twice
+ONE_SIGNAL = 0.1  # seconds within which a signal and its echo are one: timeout(1) sends it twice
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
            signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
@@ -1731,22 +1797,17 @@ class Endpoint:
     def open_socket(self, timeout, owner):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
 
-        It is owner.sock as soon as it is one, for whoever has to shut it. A dead peer is noticed
+        It is owner.sock from its first moment, for whoever has to shut it. A dead peer is noticed
         by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or write,
         None for ever).
         """
-        scheme, host, port = self.address
         try:
-            if scheme == "unix":
-                sock = owner.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(host)
-            else:
-                sock = owner.sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+            sock = self._connect(owner)
+            if self.address.scheme != "unix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for option, value in KEEPALIVE:
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if scheme == "https":
+            if self.address.scheme == "https":
                 sock = self._tls(sock, owner)
         except BaseException:
             if owner.sock is not None:
@@ -1754,6 +1815,21 @@ class Endpoint:
             raise
         sock.settimeout(timeout)
         return sock
+
+    def _connect(self, owner):
+        scheme, host, port = self.address
+        found = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", host)]
+        if scheme != "unix":
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _name, address in found:
+            try:
+                sock = owner.sock = socket.socket(family, kind, protocol)
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                failure: Any = error
+        raise failure
 
     def _tls(self, sock, owner):
         self._context = self._context or self._make_context()
@@ -2020,43 +2096,32 @@ class Xapi:
                         raise
         return found
 
-    def wait_for(self, task, patience, late, heed=True):
-        """The record of a task once it has ended, None if it is gone.
-
-        Raises XapiError with the text `late` after `patience` seconds, and at a stop Interrupted,
-        or unless that is to be heeded XapiError when time runs out.
-        """
-        end, pause = time.monotonic() + patience, 0.02
-        while True:
-            if heed:
-                self.watch.check()
-            record = self.records("task", [task]).get(task)
-            if record is None or record["status"] not in ("pending", "cancelling"):
-                return record
-            if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
-                raise XapiError(["TASK_TIMEOUT"], late)
-            self.watch.sleep(pause) if heed else time.sleep(pause)
-            pause = min(pause * 1.5, 2)
-
     def run_task(self, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
 
         At a stop the task is cancelled; if it ended well all the same its result is returned, so
         that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
-        task, late = self.call("Async." + method, *args), "%s did not end within %d s"
+        task = self.call("Async." + method, *args)
+        end, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
         try:
-            try:
-                record = self.wait_for(task, SNAPSHOT_TIMEOUT, late % (method, SNAPSHOT_TIMEOUT))
-            except Interrupted:
-                with contextlib.suppress(XapiError):
-                    self.call("task.cancel", task)
-                record = self.wait_for(task, CLEANUP_GRACE, late % (method, CLEANUP_GRACE), False)
+            while True:
+                record = self.call("task.get_record", task)
+                if record["status"] not in ("pending", "cancelling"):
+                    break
+                if self.watch.signum and not asked:
+                    asked, end = True, time.monotonic() + CLEANUP_GRACE
+                    with contextlib.suppress(XapiError):
+                        self.call("task.cancel", task)
+                if time.monotonic() > end:
+                    self.watch.check()
+                    doing = "%s did not end within %d s" % (method, SNAPSHOT_TIMEOUT)
+                    raise XapiError(["TASK_TIMEOUT"], doing)
+                time.sleep(pause) if asked else self.watch.sleep(pause)
+                pause = min(pause * 1.5, 2)
         finally:
             with contextlib.suppress(XapiError):
                 self.call("task.destroy", task)
-        if record is None:
-            raise told_error(["HANDLE_INVALID", "task", task], self.handle, method)
         if record["status"] != "success":
             self.watch.check()
             raise told_error(record["error_info"], self.handle, method)
@@ -2110,33 +2175,37 @@ IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
-class Elsewhere(XapiError):
-    """Another pool member is to have the request: `location` is its URL."""
+class Upload:
+    """The body of a PUT as requests takes it: pieces of a known total length, held to the rate."""
 
-    def __init__(self, location):
-        super().__init__(["REDIRECT", location], "the host sends the request elsewhere")
-        self.location = location
-
-
-class GivenUp(ConnectionLost):
-    """A stream was ended from this side, for a reason of its own."""
-
-    def __init__(self, reason):
-        super().__init__(reason)
-        self.args = (reason,)
-
-
-class Body:
-    """The body of a PUT as requests takes it: pieces of a known total length."""
-
-    def __init__(self, length, pieces):
-        self._length, self._pieces = length, pieces
+    def __init__(self, stream, body):
+        self._stream, self._body, self._sent, self.begun = stream, body, None, False
 
     def __len__(self):
-        return self._length
+        return len(self._body)
 
     def __iter__(self):
-        return self._pieces
+        self._sent = self._send()
+        return self._sent
+
+    def _send(self):
+        watch, pieces, self.begun = self._stream.xapi.watch, iter(self._body), True
+        while True:
+            watch.check()
+            try:
+                piece = next(pieces, None)
+            except OSError as error:  # of a file, not of the connection
+                raise BackupError(describe(error)) from error
+            if piece is None:
+                return
+            watch.throttle(len(piece))
+            yield piece
+            self._stream.note(len(piece))
+
+    def close(self):
+        """Lets go of the body, which a broken connection left in its middle."""
+        if self._sent is not None:
+            self._sent.close()
 
 
 def make_adapter(stream):
@@ -2185,26 +2254,24 @@ class Stream:
     before anything is sent, for whoever notes it; `send(body)`, then `verdict()`. Left without a
     verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
 
-    query: without session_id and task_id; until send() it may be completed. endpoint: another than
-    the session's.
+    query: without session_id and task_id. endpoint: another than the session's.
     """
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
-        self.xapi, self.watch, self.activity = xapi, xapi.watch, activity
-        self._path, self._query, self._put = path, query, put
-        self.endpoint = endpoint or xapi.endpoint
+        self.xapi, self._path, self._query, self.activity = xapi, path, query, activity
+        self.endpoint, self._put = endpoint or xapi.endpoint, put
         self.task = self.sock = self._answer = self._body = None
-        self.begun = self.ended = False
+        self.begun = self.ended = self._cancelled = False
         self.reason = None  # why it was given up
         self.received, self.result = 0, []
         self._touched = self._answered = self._moved = self._asked = time.monotonic()
 
     def __enter__(self):
-        self.watch.check()
+        self.xapi.watch.check()
         try:
             self._make_task()
             self.activity.begin()
-            self.watch.streams.add(self)
+            self.xapi.watch.streams.add(self)
             if not self._put:
                 self._open()
             return self
@@ -2220,50 +2287,51 @@ class Stream:
 
         Raises XapiError with the task's own reason where the host gives one.
         """
-        renewed, hops = False, 0
+        target, renewed, hops = None, False, 0
         while True:
-            self.watch.check()
+            self.xapi.watch.check()
             try:
-                status = self._request("GET")
-            except Elsewhere as elsewhere:
-                hops += 1
-                if hops > 5:
-                    raise BackupError("the hosts send each other the request in a circle") from None
-                self.endpoint = self.xapi.at(elsewhere.location)
-                continue
+                status, location = self._request("GET", target)
             except ConnectionLost as error:
                 raise self.failure() or error from None
             if status == 200:
                 self.begun = True
                 return
-            if status != 401 or renewed:
+            if status == 401 and not renewed:
+                self._disconnect()
+                renewed, target, self.endpoint = True, None, self.xapi.endpoint
+                self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
+                with contextlib.suppress(XapiError):
+                    self.xapi.call("task.destroy", self.task)
+                self._make_task()
+            elif status in (301, 302, 307, 308) and location:
+                self._disconnect()
+                hops += 1
+                if hops > 5:
+                    raise XapiError(["REDIRECT"],
+                                    "the hosts send each other the request in a circle")
+                url = urllib.parse.urlsplit(location)
+                self.endpoint = self.xapi.at("%s://%s" % (url.scheme, url.netloc))
+                target = url.path + "?" + url.query
+            else:
                 raise self._refusal(status)
-            self._disconnect()
-            renewed, self.endpoint = True, self.xapi.endpoint
-            self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
-            with contextlib.suppress(XapiError):
-                self.xapi.call("task.destroy", self.task)
-            self._make_task()
 
-    def _request(self, method, body=None):
-        """Sends the request and waits for the head, however long the host takes. Returns the
-        status; raises ConnectionLost, or Elsewhere for a redirect, which keeps path and query."""
+    def _request(self, method, target=None, body=None):
+        """Sends the request and waits for the head, however long the host takes. Returns (status,
+        Location)."""
         import requests
 
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
-        url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
+        target = target or self._path + "?" + urllib.parse.urlencode(query)
         headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
-        request = requests.Request(method, url, headers, data=body).prepare()
+        request = requests.Request(method, "http://xapi" + target, headers, data=body)
         try:
-            self._answer = answer = make_adapter(self).send(request, stream=True)
+            self._answer = make_adapter(self).send(request.prepare(), stream=True)
         except BROKEN as error:
-            raise self._lost(error) from None
+            self.xapi.watch.check()
+            raise ConnectionLost(self.reason or innermost(error)) from None
         self._touched = time.monotonic()
-        location = answer.headers.get("Location", "")
-        if answer.status_code in (301, 302, 307, 308) and location:
-            self._disconnect()
-            raise Elsewhere("/".join(location.split("?")[0].split("/")[:3]))
-        return answer.status_code
+        return self._answer.status_code, self._answer.headers.get("Location", "")
 
     def response(self, *args, **options):
         """urllib3's response_class: keeps http.client's own response, whose readinto fills the
@@ -2287,22 +2355,19 @@ class Stream:
         try:
             count = self._body.readinto(view)
         except BROKEN + (ValueError,) as error:
-            raise self._lost(error) from None
-        if self.reason or self.watch.signum:  # the end may be that of a socket that was shut
-            raise self._lost(None)
+            self.xapi.watch.check()
+            raise ConnectionLost(self.reason or error) from None
+        self.xapi.watch.check()
+        if self.reason:  # a socket that was shut down may look like one that has ended
+            raise ConnectionLost(self.reason)
         return count
-
-    def _lost(self, error):
-        """What ended the connection; Interrupted if it was a stop."""
-        self.watch.check()
-        return GivenUp(self.reason) if self.reason else ConnectionLost(innermost(error))
 
     def readinto(self, view):
         """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
         count = self._read(view)
         self.received += count
         self.note(count)
-        self.watch.throttle(count)
+        self.xapi.watch.throttle(count)
         return count
 
     def note(self, count):
@@ -2313,38 +2378,23 @@ class Stream:
     def send(self, body):
         """Uploads len(body) bytes, the pieces of iter(body).
 
-        Raises what the body raises, and where the host refuses before it began anything XapiError,
-        or Elsewhere: then it may be called again. However the connection ends after that, the task
-        has the only say: the host answers before it reads, and reads no more than it wants.
+        Raises what the body raises, and XapiError if the host refuses before anything was begun.
+        However the connection ends after that, the task has the only say: the host answers before
+        it reads, and stops reading when it has what it wants.
         """
-        with contextlib.closing(self._pieces(body)) as pieces:
+        with contextlib.closing(Upload(self, body)) as upload:
             try:
-                status = self._request("PUT", Body(len(body), pieces))
+                status, _location = self._request("PUT", None, upload)
                 if status != 200:
+                    upload.begun = False
                     raise self._refusal(status)
                 while self._read(memoryview(bytearray(16384))):
                     pass  # it closes when its task has ended
             except ConnectionLost:
-                if self.reason or not self.begun:
+                if self.reason or not upload.begun:
                     raise
-            except XapiError:
-                self.begun = False
-                raise
-
-    def _pieces(self, body):
-        """The body's pieces, counted, at the rate, and its errors told from the connection's."""
-        pieces, self.begun = iter(body), True
-        while True:
-            self.watch.check()
-            try:
-                piece = next(pieces, None)
-            except OSError as error:
-                raise BackupError(describe(error)) from error
-            if piece is None:
-                return
-            self.watch.throttle(len(piece))
-            yield piece
-            self.note(len(piece))
+            finally:
+                self.begun = upload.begun
 
     def ask(self):
         """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
@@ -2374,18 +2424,27 @@ class Stream:
         self.reason = self.reason or reason
         shut(self.sock)
 
-    def _end(self, patience, heed=True):
-        """The task's record once it has ended, None if it is gone; see wait_for."""
-        late = "the stream ended but its task did not"
-        record = self.xapi.wait_for(self.task, patience, late, heed)
-        self.ended = True
-        return record
+    def _end(self, patience):
+        """The task's record once it has ended, None if it is gone. Raises XapiError if it has not
+        within `patience` seconds."""
+        end, pause = time.monotonic() + patience, 0.1
+        while True:
+            if not self._cancelled:
+                self.xapi.watch.check()
+            record = self.xapi.records("task", [self.task]).get(self.task)
+            if record is None or record["status"] not in ("pending", "cancelling"):
+                self.ended = True
+                return record
+            if time.monotonic() > end or self.xapi.watch.time_left() < CLEANUP_GRACE:
+                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1)
 
     def failure(self):
         """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
         task of an early failure may stay pending for ever, see xapi_http.ml)."""
         with contextlib.suppress(XapiError):
-            record = None if self.reason else self._end(FAILURE_ENDS)
+            record = self._end(FAILURE_ENDS)
             if record and record["status"] != "success":
                 return told_error(record["error_info"], self.xapi.handle)
         return None
@@ -2408,14 +2467,15 @@ class Stream:
                 each.close()
 
     def __exit__(self, *_error):
-        self.watch.streams.discard(self)
+        self.xapi.watch.streams.discard(self)
         self._disconnect()
         if self.begun and not self.ended:
+            self._cancelled = True
             with contextlib.suppress(BackupError):
                 self.xapi.call("task.cancel", self.task)
             with contextlib.suppress(BackupError):
                 if self._put:
-                    self._end(IMPORT_ENDS, False)
+                    self._end(IMPORT_ENDS)
         with contextlib.suppress(BackupError):
             if self.task:
                 self.xapi.call("task.destroy", self.task)
@@ -2460,7 +2520,6 @@ def fan_out(pieces, *consumers):
             return consumer(source)
         except BaseException as error:
             errors.append(error)
-        finally:
             with contextlib.suppress(BaseException):
                 for _ in source:  # or the reader would wait for room
                     pass
@@ -2589,7 +2648,7 @@ Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
 # expected: bytes. kept: {name: reasons}. doomed: names, oldest first. refusal: None, or (word of
 # the status log, error).
 Plan = collections.namedtuple(
-    "Plan", "choice ref vm disks srs file policy expected kept doomed notes refusal")
+    "Plan", "choice ref vm disks file policy expected kept doomed notes refusal")
 
 DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a snapshot
 RECOVERY = 240  # seconds that cleaning up waits for a host whose toolstack restarts
@@ -2601,8 +2660,7 @@ BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 GONE_FOR_NOW = ("CONNECTION_LOST", "SESSION_INVALID", "HOST_STILL_BOOTING")
 # Refusals that only a snapshot meets: a halted VM can be exported as it is all the same.
 ONLY_SNAPSHOTS = ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "SR_OPERATION_NOT_SUPPORTED",
-                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS",
-                  "OPERATION_NOT_ALLOWED")
+                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS")
 
 
 class Outcome:
@@ -2634,15 +2692,13 @@ class Outcome:
         self.say("WARNING %s" % text)
 
     @contextlib.contextmanager
-    def recorded(self, watch):
+    def recorded(self):
         """Takes the time of one attempt, and keeps its error instead of letting it out."""
         begin, self.error, self.status = time.monotonic(), None, "ERROR"
         self.attempts += 1
         try:
             yield
         except (Exception, Interrupted) as error:
-            if isinstance(error, ConnectionLost) and watch.signum:  # it was the stop that broke it
-                error = Interrupted(watch.signum)
             self.error, self.final = reason_of(error), getattr(error, "final", False)
             self.locked = isinstance(error, LockedError)
             self.status = "ERROR locked" if self.locked else self.status
@@ -2688,17 +2744,14 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
     file, policy = "%s.%s" % (folder_name(choice.name), suffix), settings.policy(choice.keep)
     last = [item.size for item in backups(folders) if item.export == native(file) and item.size]
     expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
-    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"],
-                 date=datetime.date.today())
+    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"])
     stay = kept(folders + [new], policy, new.name, vm["uuid"])
-    doomed = [item.name for item in backups(folders) if item.name not in stay]
+    doomed = expired(folders + [new], policy, new.name, vm["uuid"])
     notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
               " not needed" % name for name, why in stay.items() if why == ["another VM's"]]
-    plan = Plan(choice, choice.refs[0], vm, disks, srs or {}, file, policy, expected, stay, doomed,
-                notes, None)
     refusal = _unnamed(choice, disks) or (("ERROR", probe) if probe else None)
-    told = None if refusal else _no_snapshot(choice, vm, disks, plan.srs)
-    if told and exports_as_it_is(plan, vm, told):
+    told = None if refusal else _no_snapshot(choice, vm, disks, srs or {})
+    if told and _as_it_is(choice, vm, disks, told):
         notes.append("halted, and cannot be snapshotted (%s): exported as it is" % told.code)
     elif told:
         word = "SNAPSHOT-FAIL" if choice.kind == "vm-export" else "VDI-SNAPSHOT-FAIL"
@@ -2711,7 +2764,8 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
             "not enough space in %s: %s to expect, %s free (make room there, set pre_clean=True to"
             " delete the oldest backup first, or space_check=False to try all the same)"
             % (settings.backup_dir, size_text(expected), size_text(max(free, 0)))))
-    return plan._replace(refusal=refusal)
+    return Plan(choice, choice.refs[0], vm, disks, file, policy, expected, stay, doomed, notes,
+                refusal)
 
 
 def left_out_texts(disks):
@@ -2774,11 +2828,12 @@ def _no_snapshot(choice, vm, disks, srs):
     return None
 
 
-def exports_as_it_is(plan, vm, error):
-    """Whether a VM whose snapshot is refused so can be exported without one: a halted one."""
-    return (plan.choice.kind == "vm-export" and vm["power_state"] == "Halted"
-            and error.code in ONLY_SNAPSHOTS and not any(disk.left_out for disk in plan.disks)
-            and "export" not in vm.get("blocked_operations", {}))
+def _as_it_is(choice, vm, disks, error):
+    """Whether a VM whose snapshot is refused so can be exported without one."""
+    blocked = "export" in vm.get("blocked_operations", {})
+    return (choice.kind == "vm-export" and vm["power_state"] == "Halted" and not blocked
+            and error.code in ONLY_SNAPSHOTS + ("OPERATION_NOT_ALLOWED",)
+            and not any(disk.left_out for disk in disks))
 
 
 # --- the snapshot ---
@@ -2813,7 +2868,6 @@ class Snapshot:
         self._source = plan.ref if self.of_vm else self._disk.ref
         self._name = "RESTORE_" + plan.choice.name if self.of_vm else self._disk_name(self._disk)
         self._made = None  # the ref of a snapshot that this process proved to be its own
-        self._marked = self.of_vm  # so that the next run knows it: the name alone is enough
         self.ref, self.record, self.disks = None, None, []
 
     def _disk_name(self, disk):
@@ -2829,13 +2883,9 @@ class Snapshot:
             self.record = self._prove(self.ref, known)
         except (BackupError, Interrupted) as error:
             self._look_for_lost(known)
-            if not isinstance(error, XapiError) or not exports_as_it_is(
-                    self._plan, self._xapi.call("VM.get_record", self._plan.ref), error):
-                raise
-            self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
-            self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as"
-                               " it is, and a start waits until that has ended" % error.code)
-            return self
+            if isinstance(error, XapiError) and error.code in ONLY_SNAPSHOTS and self._stands():
+                return self._without(error)
+            raise
         self._made = self.ref
         try:
             self._watch.check()
@@ -2867,13 +2917,12 @@ class Snapshot:
         for ref, record in self._xapi.records("VM", snapshots).items():
             if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
                 self._outcome.say("removing the leftover snapshot %s" % record["uuid"])
-                self.destroy("VM", ref, record, self._plan.ref,
-                             "RESTORE_" + self._plan.choice.name)
+                self.destroy("VM", ref, self._plan.ref, "RESTORE_" + self._plan.choice.name)
         for disk in self._plan.disks:
             for ref, record in self._xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
                 if is_ours(record, disk.ref, self._disk_name(disk)):
                     self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
-                    self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
+                    self.destroy("VDI", ref, disk.ref, self._disk_name(disk))
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
@@ -2904,7 +2953,6 @@ class Snapshot:
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
             call(self._kind + ".remove_from_other_config", self.ref, OUR_KEY)
         call(self._kind + ".add_to_other_config", self.ref, OUR_KEY, key_of(record))
-        self._marked = True
         if not self.of_vm:
             call("VDI.set_name_label", self.ref, self._name)
             self.disks = [self._disk]
@@ -2932,6 +2980,18 @@ class Snapshot:
                 call("VDI.destroy", disk.ref)
         self.disks = [disk for disk in self.disks if not disk.left_out]
 
+    def _stands(self):
+        """Whether the VM is still halted, and nothing of it has to be left out."""
+        vm = self._xapi.call("VM.get_record", self._plan.ref)
+        return self.of_vm and vm["power_state"] == "Halted" and not any(
+            disk.left_out for disk in self._plan.disks)
+
+    def _without(self, error):
+        self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
+        self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
+                           " is, and a start waits until that has ended" % error.code)
+        return self
+
     def _look_for_lost(self, known):
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
@@ -2946,8 +3006,9 @@ class Snapshot:
             self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
                                " they are left alone" % (self._disk.label, uuids))
             return
-        for self._made, record in found.items():
-            self.destroy(self._kind, self._made, record, self._source, self._name)
+        for ref in found:
+            self._made = ref
+            self.destroy(self._kind, ref, self._source, self._name)
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
@@ -2960,21 +3021,21 @@ class Snapshot:
 
     def __exit__(self, *_error):
         if self._made:
-            self.destroy(self._kind, self._made, self.record, self._source, self._name)
+            self.destroy(self._kind, self._made, self._source, self._name)
         elif self.ref == self._plan.ref and self.of_vm:
             self._outcome.say("the export of the VM itself has ended: it can be started again")
 
-    def destroy(self, kind, ref, record, source, our_name):
+    def destroy(self, kind, ref, source, our_name):
         """Destroys one of our snapshots, however often it takes. A failure is a warning."""
         try:
             patiently(self._watch, lambda: self._attempt(kind, ref, source, our_name))
             self._outcome.say("snapshot destroyed")
         except Exception as error:
-            command = "snapshot-uninstall" if kind == "VM" else "vdi-destroy"
+            uuid = self.record["uuid"] if self.record and ref == self.ref else ref
             self._outcome.warn(
-                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)" % (
-                    record["uuid"], "" if ref == self._made and not self._marked else
-                    ", the next run tries again", reason_of(error), command, record["uuid"]))
+                "the snapshot %s could not be destroyed, the next run tries again: %s (by hand: xe"
+                " %s uuid=%s)" % (uuid, reason_of(error),
+                                  "snapshot-uninstall" if kind == "VM" else "vdi-destroy", uuid))
 
     def _attempt(self, kind, ref, source, our_name):
         """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
@@ -3118,21 +3179,6 @@ def lives(token, own, age):
     return age < ABANDONED_AFTER
 
 
-def open_vm_folder(name, top):
-    """A descriptor of a VM's folder in backup_dir. Raises Refused if it is a link, or another's:
-    a file system may take a and A for the same, and list names in another Unicode form."""
-    try:
-        fd = open_folder(name, top)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise Refused("%s is a symbolic link or no folder: refused" % name) from None
-        raise
-    if nfc(name) not in map(nfc, os.listdir(top)):
-        os.close(fd)
-        raise Refused("%s belongs to a VM whose name differs only in case" % name)
-    return fd
-
-
 class Target:
     """The folder of one VM, and the new backup in it. All happens relative to descriptors, so what
     was looked at is what is changed. A context manager: a backup that was not published goes.
@@ -3155,13 +3201,27 @@ class Target:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
-            self._vm_fd = open_vm_folder(self._vm, self._top)
+            self._vm_fd = self._open_vm()
             self._clear()
             self.folders = scan(self._vm_fd, self._patterns, self._vm)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _open_vm(self):
+        try:
+            fd = open_folder(self._vm, self._top)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise Refused("%s is a symbolic link or no folder: refused" % self._vm) from None
+            raise
+        # A file system may take a and A for the same, or give names in another Unicode form.
+        mine = unicodedata.normalize("NFC", self._vm)
+        if mine not in [unicodedata.normalize("NFC", name) for name in os.listdir(self._top)]:
+            os.close(fd)
+            raise Refused("%s belongs to a VM whose name differs only in case" % self._vm)
+        return fd
 
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay."""
@@ -3220,17 +3280,20 @@ class Target:
         os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
         self.name, self.fd = begun, open_folder(begun, self._vm_fd)
         self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
-        moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
+        moment, tried = datetime.datetime.now(), ""
         while self.name == begun:
             name = native(moment.strftime(pattern))
-            try:
-                if name not in taken:  # an empty folder would be replaced
-                    os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
-                    self.name = name
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-            moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
+            if name != tried and name not in os.listdir(self._vm_fd):  # or it would be replaced
+                with contextlib.suppress(FileExistsError):  # two at once
+                    try:
+                        os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
+                        self.name = name
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.ENOTDIR):
+                            raise
+            tried = name
+            moment += datetime.timedelta(seconds=1)
+        self._outcome.say("new backup folder %s" % self.name)
 
     def touch(self):
         """Tells the runs of other machines that this one is at work: called once a second."""
@@ -3343,8 +3406,6 @@ def back_up_vm(run, xapi, choice, outcome, activity):
             if settings.pre_clean:
                 target.prune(plan.policy, vm["uuid"], pre_clean=True)
             target.begin(settings.backup_dir_pattern)
-            outcome.say("new backup folder %s" % os.path.join(
-                settings.backup_dir, native(name), target.name))
             activity.doing = "snapshot"
             with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
                 for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
@@ -3404,12 +3465,12 @@ def vouch(saved, outcome):
 def metadata(xapi, plan, snapshot, folder, run, outcome):
     """Yields (file, text) of what lies beside the export: values as of the snapshot (of a
     vdi-export as of the VM), uuids of the originals."""
-    own = []
+    ova = None
     try:
-        yield "vm-metadata.xml", fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
+        ova = fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
+        yield "vm-metadata.xml", ova
     except BackupError as error:
         outcome.warn("no vm-metadata.xml: %s" % error)
-        own = [("vm_metadata", "none")]  # so that verify knows that it never was there
     vm = snapshot.record if snapshot.of_vm else plan.vm
     disks = snapshot.disks if snapshot.of_vm else plan.disks
     guests = (vm.get("guest_metrics", NULL), plan.vm.get("guest_metrics", NULL))
@@ -3417,13 +3478,14 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
     os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
     left_out = ["%s: %s" % (disk.label, disk.vdi["name_label"])
                 for disk in plan.disks if disk.left_out]
-    own += [("base_template_name", vm["other_config"].get("base_template_name", "")),
-            ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
+    own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
+           ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
     own += [("disks_left_out", ", ".join(left_out))] if left_out else []
     yield "vm.cfg", cfg(dict(vm, name_label=plan.choice.name), (
         "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
         own)
     originals = {disk.vbd["userdevice"]: disk for disk in plan.disks}
+    srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
     for disk in disks:
         original = originals.get(disk.vbd["userdevice"], disk)
         place, unpluggable = folder_name("DISK-" + disk.label), original.vbd.get("unpluggable", "")
@@ -3433,7 +3495,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
         yield place + "/vdi.cfg", cfg(disk.vdi, (
             "name_label", "name_description", "virtual_size", "type", "sharable", "read_only"), [
             ("orig_uuid", original.vdi["uuid"]),
-            ("orig_sr_uuid", plan.srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
+            ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
     vifs = sorted(xapi.records("VIF", vm["VIFs"]).values(), key=lambda vif: vif["device"].zfill(4))
     uuids = {vif["device"]: vif["uuid"] for vif in xapi.records("VIF", plan.vm["VIFs"]).values()}
     networks = xapi.records("network", [vif["network"] for vif in vifs])
@@ -3444,7 +3506,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
             record, ("device", "network_name_label", "MTU", "MAC", "other_config"),
             [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
     exported = disks if snapshot.of_vm else [first_disk(plan.disks)]
-    sr = plan.srs.get(exported[0].vdi["SR"], {}) if exported else {}
+    sr = srs.get(exported[0].vdi["SR"], {}) if exported else {}
     yield "RESTORE.txt", restore_note(types.SimpleNamespace(
         name=plan.choice.name, folder=folder, file=plan.file, kind=plan.choice.kind,
         compress=run.settings.compress, backup_dir=run.settings.backup_dir,
@@ -3494,7 +3556,7 @@ NOTE = """\
 This folder holds a backup of {what} {name} (uuid {uuid}),
 taken by vmbackup from the pool {pool} at the host {host}.
 
-  export    {export}
+  export    {file}
   memory    {memory}, {vcpus}
 {disks}{networks}  storage   {sr_name} (uuid {sr_uuid})
 
@@ -3509,15 +3571,14 @@ Then one of these. Paths are those of the day of the backup; HOST is the pool's 
 The storage repository can be another one; without it the pool's default is taken.
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
-       vmbackup.py restore - {folder} host={address} sr={sr}
+       vmbackup.py restore - {folder} host={address} sr={sr_uuid_quoted}
 
 2. With xe, in a dom0 that sees this folder:
        cd {folder}
 {xe}
-3. With curl, from any machine; it asks for root's password, and prints an error page if the
-   import failed. CA is a file with the host's certificate, which this prints in dom0:
-       openssl x509 -in /etc/xensource/xapi-ssl.pem
-   Then:
+3. With curl, from any machine. CA is a PEM file with the host's certificate, which is in dom0 in
+   /etc/xensource/xapi-ssl.pem; curl asks for root's password. It prints an error page where the
+   import failed, and nothing where it did not:
        cd {folder}
 {curl}
 Without any host, the disks as images:
@@ -3550,34 +3611,39 @@ ONE_DISK = ("""\
 
 def quoted(text):
     """A word for a shell."""
-    plain = re.match(r"[\w./=-]+\Z", text, re.ASCII)
-    return text if plain else "'%s'" % text.replace("'", "'\\''")
+    return text if re.match(r"[\w./=-]+\Z", text, re.ASCII) else "'%s'" % text.replace("'", "'\\''")
 
 
 def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: a namespace, see
-    metadata(); disks: (label, name, bytes, uuid), networks: (device, network's name, MAC)."""
-    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
+    """The text of RESTORE.txt: the ways back for just this backup. Pure.
+
+    facts: a namespace of name, folder, file, kind, backup_dir, sr_name, sr_uuid, pool, host (the
+    Endpoint's text), memory (bytes), vcpus, uuid, disks [(label, name, bytes, uuid)], networks
+    [(device, network's name, MAC)].
+    """
+    whole_vm = facts.kind == "vm-export"
+    caution, xe, curl, images = WHOLE if whole_vm else ONE_DISK
     folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
     form = facts.file.rpartition(".")[2]
+    disks = ["  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+        label, size_text(size), size, printable(name), uuid)
+        for label, name, size, uuid in facts.disks]
+    networks = ["  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                for device, name, mac in facts.networks]
     address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
     words = {
-        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid or "SR"), "form": form,
-        "folder": quoted(from_argv(folder)), "address": address, "url": "https://" + address,
-        "qemu": {"vhd": "vpc"}.get(form, "raw"), "label": quoted(facts.name + "-restored"),
+        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid), "folder": quoted(from_argv(folder)),
+        "url": "https://" + address, "form": form, "qemu": {"vhd": "vpc"}.get(form, "raw"),
+        "label": quoted(facts.name + "-restored"),
         "size": sum(size for _label, _name, size, _uuid in facts.disks)}
     return NOTE.format(
-        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
-        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
-        export=facts.file, memory=size_text(int(facts.memory or 0)),
-        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
-        sr_uuid=facts.sr_uuid, caution=caution, xe=xe.format(**words), curl=curl.format(**words),
-        images=images.format(**words),
-        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-            label, size_text(size), size, printable(name), uuid)
-            for label, name, size, uuid in facts.disks),
-        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                         for device, name, mac in facts.networks), **words)
+        what="the VM" if whole_vm else "the first disk of the VM", name=printable(facts.name),
+        uuid=facts.uuid, pool=printable(facts.pool), host=facts.host, file=facts.file,
+        memory=size_text(int(facts.memory or 0)), vcpus=plural(int(facts.vcpus or 0), "CPU"),
+        disks="".join(disks), networks="".join(networks), sr_name=printable(facts.sr_name),
+        sr_uuid=facts.sr_uuid, sr_uuid_quoted=words["sr"], folder=words["folder"], address=address,
+        caution=caution, xe=xe.format(**words), curl=curl.format(**words),
+        images=images.format(**words))
 
 
 # ============================== choice and preview ==============================
@@ -3722,9 +3788,8 @@ def preview_vms(run, xapi, vms, selection):
         rows.append((choice.name, choice.kind) + cells)
     for line in table(rows, right=(2, 3, 4)) + texts if selection.choices else []:
         log(line)
-    free = run.free_bytes(checked=False)
-    room = "" if free is None else ", %s free" % size_text(free)
-    if room and total > free:
+    room = "" if pool.free is None else ", %s free" % size_text(pool.free)
+    if room and total > pool.free:
         room += ": the last ones may not fit"
     log("together about %s to expect%s" % (size_text(total), room))
     mail = "none" if not settings.mail_to or settings.mail_when == "never" else (
@@ -3747,9 +3812,12 @@ def _preview_vm(run, choice, pool):
     settings, name, ref = run.settings, native(folder_name(choice.name)), choice.refs[0]
     disks, folders, warn = list_disks(pool.vbds[ref], pool.vdis), [], []
     with opened(settings.backup_dir) as top, contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError):
-            vm_fd = open_vm_folder(name, top)
-            stack.callback(os.close, vm_fd)
+        vm_fd = None
+        if name in os.listdir(top):
+            try:
+                vm_fd = stack.enter_context(opened(name, top))
+            except OSError:
+                raise Refused("%s is a symbolic link or no folder: refused" % name) from None
             folders = scan(vm_fd, run.patterns, name)
         plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, run.probe,
                        pool.srs)
@@ -3759,8 +3827,9 @@ def _preview_vm(run, choice, pool):
         for old in plan.doomed:
             told.append("would delete %s (no rule keeps it: %s)" % (old, rules_text(plan.policy)))
             with opened(old, vm_fd) as fd:
-                why = judge(fd, name)[1]
-            warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
+                foreign = foreign_entry(fd, name)
+            if foreign:
+                warn.append("%s cannot be deleted: it holds %s, which is not ours" % (old, foreign))
     isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
     warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
              " export will fail: xe vm-cd-eject" % iso["name_label"]
@@ -3779,44 +3848,6 @@ def rules_text(policy):
 # ============================== the run ==============================
 
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
-RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
-
-
-def free_bytes(path):
-    """Bytes that are free in a file system; None where it does not tell."""
-    with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(path)
-        return usage.free if usage.total else None
-    return None
-
-
-def run_table(run, width=100):
-    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
-    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
-    items = [("pool database", run.pool_database)] if run.pool_database else []
-    items += [(item.name, item) for item in run.outcomes]
-    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
-    for name, item in items:
-        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
-        gone = plural(len(names), "backup") if names[1:] else "".join(names)
-        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
-                     time_text(item.seconds) if item.seconds else "",
-                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
-                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
-    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
-    notes = ["%s left" % size_text(free)] if free is not None else []
-    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
-    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
-    rows.append(("total", "", size_text(size), time_text(seconds),
-                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
-    lines = table(rows, width, right=(2, 3, 4))
-    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
-    for number, (_, item) in enumerate(items, 1):
-        if item.error:  # nothing is as important as the reason: it takes the other columns, too
-            reason, room = printable(item.error), max(width - start, 40)
-            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
-            lines[number] = lines[number][:start].ljust(start) + reason
-    return lines
 
 
 class Run:
@@ -3933,7 +3964,7 @@ class Run:
         earlier = outcome.error
         if not earlier:
             self.status(choice.kind, "begin", choice.name)
-        with outcome.recorded(self.watch), self.watch.activity(label) as activity:
+        with outcome.recorded(), self.watch.activity(label) as activity:
             back_up_vm(self, xapi, choice, outcome, activity)
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
@@ -3961,7 +3992,7 @@ class Run:
         if self.watch.signum and not outcome.attempts:
             outcome.skipped = True
             return False
-        with outcome.recorded(self.watch), self.watch.activity("pool database") as activity:
+        with outcome.recorded(), self.watch.activity("pool database") as activity:
             self._dump(xapi, outcome, activity)
         if outcome.error:
             again = tries_left and not outcome.final and not self.watch.signum
@@ -3986,9 +4017,10 @@ class Run:
                 name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
                 moment += datetime.timedelta(seconds=1)
             tables = ()
-            with contextlib.suppress(IndexError, BackupError, OSError), open(
-                    open_file(dumps[-1], fd), "rb", buffering=0) as file:
-                tables = dump_tables(ring(file.readinto))  # the last may be damaged
+            with contextlib.suppress(IndexError, BackupError, OSError):  # the last may be damaged
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                with open(os.open(dumps[-1], flags, dir_fd=fd), "rb", buffering=0) as file:
+                    tables = dump_tables(ring(file.readinto))
             stream = Stream(xapi, "/pool/xmldbdump", {}, activity, xapi.master())
             try:
                 saved = save(stream, name + ".partial", fd,
@@ -4038,11 +4070,11 @@ class Run:
             with self._planning:
                 del self._reserved[name]
 
-    def free_bytes(self, checked=True):
-        """Bytes that backups may take; None where that is not to be checked, or nothing tells."""
-        if checked and not self.settings.space_check:
-            return None
-        return free_bytes(self.settings.backup_dir)
+    def free_bytes(self):
+        """Bytes free in backup_dir; None where that is not to be checked or the file server tells
+        no size."""
+        usage = shutil.disk_usage(self.settings.backup_dir)
+        return usage.free if self.settings.space_check and usage.total else None
 
     def _space(self):
         path = self.settings.backup_dir
@@ -4051,7 +4083,7 @@ class Run:
         except OSError as error:
             return describe(error)
         if not usage.total:
-            return "NOTE - %s tells no size: whether backups will fit is not checked" % path
+            return "%s of unknown size: not checked whether backups will fit" % path
         return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
     def counts(self):
@@ -4203,13 +4235,16 @@ def read_source(fd, top, item, stack):
         if sums and export not in sums:
             raise ArchiveError("SHA256SUMS does not list %s" % export)
         for label in ("xvda", "hda", "sda", "0"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
-                    opened("DISK-" + label, fd) as disk:
-                vdi = vdi or read_cfg("vdi.cfg", disk)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                with opened("DISK-" + label, fd) as disk:
+                    vdi = vdi or read_cfg("vdi.cfg", disk)
         with contextlib.suppress(FileNotFoundError):
             vm = read_cfg("vm.cfg", fd)
-    file = open_file(export, fd)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(export, flags, dir_fd=fd)
     stack.callback(os.close, file)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise ConfigError("ERROR - %s is no regular file" % export)
     size = vdi.get("virtual_size", "")
     return types.SimpleNamespace(
         fd=file, size=os.fstat(file).st_size, top=top, file=export, label=item.name or export,
@@ -4331,10 +4366,10 @@ def check_archive(plan, version, seed, vms, xapi):
     """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists."""
     master = xapi.records("host", [plan.pool["master"]])[plan.pool["master"]]
     here = re.findall(r"\d+", master["software_version"].get("xapi", ""))[:2]
-    made_by = [str(version.get(key, 0)) for key in ("xapi_major", "xapi_minor")]
-    if len(here) == 2 and list(map(int, made_by)) > list(map(int, here)):
-        raise ConfigError("ERROR - the archive is of XAPI %s, newer than the pool's %s: update the"
-                          " pool first" % (".".join(made_by), ".".join(here)))
+    made_by = [int(version["xapi_major"]), int(version["xapi_minor"])]
+    if len(here) == 2 and made_by > [int(number) for number in here]:
+        raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %s: update"
+                          " the pool first" % (*made_by, ".".join(here)))
     if plan.preserve:
         twins = [vm for vm in vms.values() if seed and vm["other_config"].get("mac_seed") == seed]
         for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if plan.ova[kind]]:
@@ -4433,7 +4468,7 @@ class Restore:
             "time": time.strftime("%Y-%m-%d %H:%M:%S")}, self._log)
 
     def _make_disk(self, task):
-        """The ref of a new disk, marked as this restore's."""
+        """The ref of a new disk, marked ours until it is whole."""
         plan = self._plan
         ref = self._xapi.run_task("VDI.create", {
             "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
@@ -4442,7 +4477,7 @@ class Restore:
         plan.sizes[0] = int(self._xapi.call("VDI.get_virtual_size", ref))
         return ref
 
-    def _send(self, stream, hops=5):
+    def _send(self, stream):
         """Sends the export, and returns when the host tells that it is imported."""
         source, digest, proof = self._source, Future(), Future()
         length = source.size
@@ -4453,7 +4488,7 @@ class Restore:
         def vouch():
             phrases = ["sha256" if source.digest else "NOT sha256"] + proof.result()
             if source.digest not in (None, digest.result()):
-                raise ArchiveError("it does not match SHA256SUMS")
+                raise ArchiveError("%s does not match its SHA-256" % source.file)
             self._log("%s proved whole: %s" % (source.file, ", ".join(phrases)))
 
         def upload(pieces):
@@ -4475,14 +4510,8 @@ class Restore:
             fan_out(pieces_of(source), upload, told(digest, hash_all),
                     told(proof, prover(source.file, source.disk_size)))
         except Elsewhere as elsewhere:
-            if not hops:
-                raise
             stream.endpoint = self._xapi.at(elsewhere.location)
-            self._send(stream, hops - 1)
-            return
-        except ArchiveError as error:
-            raise ArchiveError("%s is damaged, it was not imported: %s" % (
-                source.file, error)) from None
+            return self._send(stream)
         except _Enough:  # the host stopped reading: its task tells why
             stream.verdict()
             raise BackupError("the host took the import for whole before its end") from None
@@ -4494,6 +4523,7 @@ class Restore:
         have beside it."""
         call, plan = self._xapi.call, self._plan
         if not plan.ova:
+            call("VDI.remove_from_other_config", ref, OUR_KEY)
             self._log("to attach it:")
             self._log("  xe vm-list name-label=%s params=uuid" % quoted(self._source.name))
             self._log("  xe vbd-create vm-uuid=VM vdi-uuid=%s device=autodetect type=Disk mode=RW"
@@ -4537,21 +4567,20 @@ class Note:
 
     def __init__(self, top, facts, log):
         self.facts, self._name = facts, ".restore-%s.json" % facts["uuid"]
-        try:
-            self._write(open_folder(ELSEWHERE) if top is None else os.dup(top))
-        except OSError as error:
-            log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
-            self._write(open_folder(ELSEWHERE))
-
-    def _write(self, top):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._top, self._fd = top, os.open(self._name, flags, 0o600, dir_fd=top)
-        with contextlib.suppress(OSError):  # no locks here
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-        os.write(self._fd, json.dumps(self.facts).encode("ascii"))
-        os.fsync(self._fd)
-        os.stat(self._name, dir_fd=top)  # another restore may have swept it away, still empty
-        sync(top)
+        try:
+            self._top = open_folder(ELSEWHERE) if top is None else os.dup(top)
+            self._fd = os.open(self._name, flags, 0o600, dir_fd=self._top)
+            with contextlib.suppress(OSError):  # no locks here
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._fd, json.dumps(facts).encode("ascii"))
+            os.fsync(self._fd)
+            sync(self._top)
+        except OSError as error:
+            if top is None:
+                raise BackupError("the restore cannot be noted: %s" % describe(error)) from None
+            log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
+            self.__init__(None, facts, log)
 
     def remove(self):
         os.unlink(self._name, dir_fd=self._top)
@@ -4562,14 +4591,17 @@ class Note:
 def sweep(xapi, watch, top, pool, log):
     """Clears away what restores left on this pool that live no more, by their notes in a folder."""
     for name in sorted(filter(NOTE_FILE.match, os.listdir(top))):
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            with open(os.open(name, flags, dir_fd=top), "rb") as file:
-                about, users = os.fstat(file.fileno()), (os.geteuid(), os.fstat(top).st_uid)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022
-                        or about.st_uid not in users):
-                    raise BackupError("not a note that only its owner can have written")
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(name, flags, dir_fd=top)
+        except OSError:
+            continue
+        with open(fd, "rb") as file, contextlib.suppress(BlockingIOError):  # it lives
+            about = os.fstat(fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if about.st_uid not in (os.geteuid(), os.fstat(top).st_uid) or about.st_mode & 0o022:
+                continue
+            try:
                 facts = json.loads(file.read(MIB).decode("ascii") or "null")
                 if facts and facts["pool"] != pool:
                     continue
@@ -4578,10 +4610,8 @@ def sweep(xapi, watch, top, pool, log):
                         facts["backup"], facts["time"]))
                     clear_away(xapi, watch, facts, log)
                 os.unlink(name, dir_fd=top)
-        except (BlockingIOError, FileNotFoundError):
-            pass  # it lives, or another restore has just swept it away
-        except Exception as error:
-            log("***WARNING - %s is left alone: %s" % (name, reason_of(error)))
+            except Exception as error:
+                log("***WARNING - %s: %s" % (name, reason_of(error)))
 
 
 def clear_away(xapi, watch, facts, log, ended=False):
@@ -4663,8 +4693,7 @@ def _in_use(xapi, facts, vm, vms, vbds, vdis):
         return "it was renamed"
     if vm["snapshots"]:
         return "it has snapshots"
-    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"]
-           for ref in disks):
+    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"] for ref in disks):
         return "it has a disk that is not the restore's alone"
     return None
 
@@ -4694,11 +4723,16 @@ def take_stock(top, settings, watch):
     """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
     backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
-    (above, folder), shelves = os.path.split(top), []
+    above, folder = os.path.split(top)
+    shelves = []
     with opened(top) as fd:
-        single = None if settings else _shelf(fd, folder, patterns)
-        if single and single.found:
-            return [single], True
+        if not settings and _marker(fd, os.listdir(fd))[0]:
+            with opened(above) as vm_fd:
+                shelf = _shelf(vm_fd, os.path.basename(above), patterns)
+            return [shelf._replace(found=[x for x in shelf.found if x.name == folder])], True
+        shelf = None if settings else _shelf(fd, folder, patterns)
+        if shelf and shelf.found:
+            return [shelf], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
@@ -4707,20 +4741,17 @@ def take_stock(top, settings, watch):
             except OSError as error:
                 if error.errno != errno.ENOTDIR and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
-        shelves = [item for item in shelves if item.found or item.error]
-        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
-            with opened(above) as vm_fd:
-                single = _shelf(vm_fd, os.path.basename(above), patterns)
-            return [single._replace(found=[x for x in single.found if x.name == folder])], True
-    names = collections.Counter(item.vm for item in shelves)
+    names = collections.Counter(item.vm for item in shelves if item.found or item.error)
     return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
             item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
-            for item in shelves], False
+            for item in shelves if item.found or item.error], False
 
 
 def _shelf(vm_fd, folder, patterns):
-    found = sorted(scan(vm_fd, patterns, folder), key=lambda item: item.name)
-    label = "".join(item.label for item in backups(found)[-1:])
+    found, label = sorted(scan(vm_fd, patterns, folder)), ""
+    with contextlib.suppress(OSError, BackupError, IndexError), opened(
+            backups(found)[-1].name, vm_fd) as fd:
+        label = read_cfg("vm.cfg", fd).get("name_label", "")
     dated = any(item.created is not None for item in found)
     return Shelf(label or vm_name(folder), folder, found if dated else [], "")
 
@@ -4818,24 +4849,9 @@ def _age(facts):
 
 
 def check_command(words, log, watch):
-    """Prints a line for Nagios and its like, then one for each VM that is late, worst first; the
-    line in any case. Returns the exit status."""
-    try:
-        return _check(words, log, watch)
-    except (Exception, Interrupted) as error:
-        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
-        log.bare("VMBACKUP UNKNOWN - %s" % _plain(text))
-        return 3
-
-
-def _plain(text):
-    return re.sub("[|'\"`]", "_", printable(text))
-
-
-def _check(words, log, watch):
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
+    Returns the exit status; what it raises means 3, UNKNOWN."""
     ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
-    if not words:
-        raise ConfigError("missing: <config-file|folder>")
     for word in words[1:]:
         age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
         if age:
@@ -4891,14 +4907,14 @@ def _judge(vm, shelves, warn, crit):
     if errors:
         status, text = 3, "cannot be read: " + errors[0]
     order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
-    return order, status, _plain(vm), age, _plain(text)
+    name, text = (re.sub("[|'\"`]", "_", printable(item)) for item in (vm, text))
+    return order, status, name, age, text
 
 
 # ============================== verify and extract ==============================
 
 GRAIN = 64 * 1024  # bytes: so many zeros at a time become holes of an image
 ZEROS = bytes(GRAIN)
-FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
 
 
 def marked_folders(path, depth=2):
@@ -4929,22 +4945,26 @@ def verify_command(words, log, watch):
 
 def verify(word, only, log, watch):
     """The same in a worker. only: a VM's name or nothing."""
-    top, good, bad = os.path.abspath(native(word)), 0, 0
-    lone = os.path.isfile(top) and EXPORT.match(top)
-    top = top if lone else open_shelf(word)[0]
-    for path in [top] if lone else marked_folders(top):
+    top, names, good, bad = os.path.abspath(native(word)), only, 0, 0
+    if os.path.isfile(top) and EXPORT.match(top):
+        found, names = [top], []
+    else:
+        top = open_shelf(word)[0]
+        found = marked_folders(top)
+    names = [spelt for name in names for spelt in (native(folder_name(name)), native(name))]
+    for path in found:
         vm, name = path.split("/")[-2:]
-        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
-        if names and not lone and nfc(vm) not in names:
+        if names and vm not in names:
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
         try:
             with watch.activity(vm) as activity:
-                proved = verify_path(path, watch, activity)
+                proved = (verify_folder if os.path.isdir(path) else verify_file)(
+                    path, watch, activity)
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
             good += 1
         except Exception as error:  # one odd folder must not end the others' turn
-            if lone or not pruned(path):
+            if not pruned(path):
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
                 bad += 1
     if not good + bad:
@@ -4958,17 +4978,19 @@ def verify(word, only, log, watch):
 def pruned(path):
     """Whether what was a backup is none any more: a run may delete it meanwhile."""
     try:
-        return not set(MARKERS).intersection(os.listdir(path))
+        return os.path.isdir(path) and not set(MARKERS).intersection(os.listdir(path))
     except OSError as error:
         return isinstance(error, FileNotFoundError)
 
 
-def verify_path(path, watch, activity):
-    """Phrases that tell what was proved of a backup's folder, or of an export by itself. Raises
-    BackupError or OSError."""
-    if os.path.isfile(path):
-        (proved,) = read_export(path, None, watch, activity, prover(path))
-        return ["NOT sha256 (a file by itself)"] + proved
+def verify_file(path, watch, activity):
+    """Phrases that tell what was proved of an export by itself. Raises BackupError or OSError."""
+    (proved,) = read_export(path, None, watch, activity, prover(path))
+    return ["NOT sha256 (a file by itself)"] + proved
+
+
+def verify_folder(path, watch, activity):
+    """The same of a backup's folder, all of it."""
     with opened(path) as fd:
         export, sums, ours = look_into(fd)
         for name in (export, "vm.cfg", "vm-metadata.xml"):
@@ -4984,8 +5006,12 @@ def verify_path(path, watch, activity):
 
 def read_export(name, dir_fd, watch, activity, *consumers):
     """What the consumers make of an export's pieces: fan_out() with progress and stops."""
-    with open(open_file(name, dir_fd), "rb", buffering=0) as file:
-        activity.doing, activity.expected = "reading", os.fstat(file.fileno()).st_size
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
+    with open(os.open(name, flags, dir_fd=dir_fd), "rb", buffering=0) as file:
+        there = os.fstat(file.fileno())
+        if not stat.S_ISREG(there.st_mode):
+            raise ArchiveError("%s is no regular file" % name)
+        activity.doing, activity.expected = "reading", there.st_size
 
         def readinto(view):
             watch.check()
@@ -5008,18 +5034,16 @@ def look_into(fd):
         raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
     if len(exports) != 1:
         raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
-    for line in filter(None, text.decode("utf-8", "surrogateescape").split("\n")):
+    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b"\n"
+    for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
         match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
-        if not match:
+        if line and not match:
             raise ArchiveError("SHA256SUMS is damaged")
-        path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
-        if path in sums or {"", ".", ".."}.intersection(path.split("/")):
-            raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
-        sums[path] = match.group(2)
-    for path in list(sums):  # a file server may list names in another Unicode form
-        if nfc(path) == nfc(exports[0]):
-            sums[exports[0]] = sums.pop(path)
+        if line:
+            path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
+            if path in sums or {"", ".", ".."}.intersection(path.split("/")):
+                raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
+            sums[path] = match.group(2)
     return exports[0], sums, b"created=" in marks
 
 
@@ -5039,12 +5063,12 @@ def read_metadata(fd, export, sums):
         missing.discard(path)
     if missing:
         raise ArchiveError("%s is missing" % min(missing))
-    disks, there = {}, [path[5:-8] for path in texts if path.endswith("/vdi.cfg")
-                        and path.startswith("DISK-") and path[:-7] + "vbd.cfg" in texts]
+    disks, labels = {}, [path[5:-8] for path in texts if re.match(r"DISK-[^/]+/vdi\.cfg\Z", path)]
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
         disks = expected_disks(texts["vm-metadata.xml"])
     wanted = [disk.label for disk in disks.values()
               if disk.label != "suspend" and "[NOBAK]" not in disk.name]
+    there = [label for label in labels if "DISK-%s/vbd.cfg" % label in texts]
     if len(there) < len(wanted):  # not by label: a VM that is started meanwhile gets others
         raise ArchiveError("a folder DISK-* is missing: there is %s of %s" % (
             ", ".join(there) or "none", ", ".join(wanted)))
@@ -5064,9 +5088,12 @@ def walk_files(fd, above=""):
 
 def recorded_size(texts):
     """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    first = [text for text in map(texts.get, FIRST_DISKS) if text is not None] + [b""]
-    told = re.search(rb"^virtual_size=([0-9]{1,18})\r?$", first[0], re.MULTILINE)
-    return int(told.group(1)) if told else None
+    for label in ("xvda", "hda", "sda", "0"):
+        text = texts.get("DISK-%s/vdi.cfg" % label)
+        told = re.search(rb"^virtual_size=(\d+)$", text or b"", re.MULTILINE)
+        if text is not None:
+            return int(told.group(1)) if told else None
+    return None
 
 
 # --- extract ---
@@ -5099,9 +5126,8 @@ def extract(source, to, label, log, watch):
                               " NAME.xva.gz, NAME.xva.zst): %s" % source)
         stem, kind = EXPORT.match(os.path.basename(export)).groups()
         if kind in ("raw", "vhd"):
-            log("%s is a disk image already. As qcow2: qemu-img convert -f %s -O qcow2 %s %s" % (
-                os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
-                shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
+            log("%s is a disk image already; in another form: qemu-img convert -f %s -O qcow2 FILE"
+                " %s.qcow2" % (export, {"vhd": "vpc"}.get(kind, kind), "NAME"))
             return 0
         images = stack.enter_context(Images(stack.enter_context(opened(to)), stem, label, log))
         activity = stack.enter_context(watch.activity(stem))
@@ -5177,6 +5203,8 @@ PROGRESS_EVERY = 300  # seconds between the progress lines where there is no ter
 SILENT = 30  # seconds without a byte after which the host is shown as silent
 MAIL_TIMEOUT = 60  # seconds
 MAIL_PAUSE = 5  # seconds between the three tries
+AT_REST = ("snapshot", "clean-up")  # what an Activity does while no byte of the export moves
+RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
 
 
 class Log:
@@ -5184,9 +5212,9 @@ class Log:
     locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
     what was logged."""
 
-    def __init__(self, out, err, environment, watch=None):
-        self.lines, self._watch = [], watch
-        self._out, self._err, self._lock = out, err, threading.RLock()
+    def __init__(self, out, err, environment):
+        self.lines = []
+        self._out, self._err, self._lock = out, err, threading.Lock()
         self._shown, self._told = "", time.monotonic()
         rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
         self._colour = rich and is_terminal(out)
@@ -5198,28 +5226,35 @@ class Log:
         bad, odd = re.search("ERROR|  FAILED ", line), re.search("WARNING|  warning ", line)
         with self._lock:
             self.lines.append(line)
+            self._show("")
             if self._colour and (bad or odd):
                 line = "\x1b[%sm%s\x1b[0m" % ("31" if bad else "33", line)
-            self.bare(line)
+            write_text(self._out, line + "\n")
 
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
         with self._lock:
             self._show("")
-            write_text(self._out, text + "\n", self._watch)
+            write_text(self._out, text + "\n")
 
     def _show(self, text):
         if self._shown or text:
-            write_text(self._err, "\r\x1b[K" + text, self._watch)
+            write_text(self._err, "\r\x1b[K" + text)
             self._shown = text
 
     def close(self):
-        with self._lock:
-            self._show("")
+        """What can't be written any more is given up here, or Python would exit with 120 for it."""
+        self.progress([])
+        for stream in (self._out, self._err):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def progress(self, activities):
         """Shows the Activities under way; called once a second."""
-        now = time.monotonic()
+        activities, now = list(activities), time.monotonic()
         if self._live:
             with self._lock, contextlib.suppress(OSError):
                 columns = os.get_terminal_size(self._err.fileno()).columns or 80
@@ -5227,40 +5262,60 @@ class Log:
         elif self._plain and activities and now - self._told > PROGRESS_EVERY:
             self._told = now
             for activity in activities:
-                self("progress %s" % progress_text(activity, now))
+                self("progress %s  %s" % (activity.label, progress_texts(activity, now)[0]))
 
 
 def progress_line(activities, columns, now):
-    """What is under way, in one line of so many columns: in full where that fits, else in short, as
-    many as fit and how many more there are."""
-    line = "  |  ".join(progress_text(activity, now) for activity in activities)
-    if len(line) > columns:
-        parts = [progress_text(activity, now, short=True) for activity in activities]
-        for more in range(len(parts)):
-            line = "  |  ".join(parts[: len(parts) - more] + (["+%d" % more] if more else []))
-            if len(line) <= columns:
-                break
-    return line[:columns]
+    """What is under way, in one line of so many columns: all in the longest form that fits, then
+    with shorter names, then as many as fit and how many more there are."""
+    labels = [printable(activity.label) for activity in activities]
+    texts = [progress_texts(activity, now) for activity in activities]
+    for form in range(4):
+        parts = ["%s  %s" % (label, text[form]) for label, text in zip(labels, texts)]
+        if len("  |  ".join(parts)) <= columns:
+            return "  |  ".join(parts)
+    if len(labels) > 1:
+        labels = [re.sub(r"^\[[^]]*\] ", "", label) for label in labels]
+    for count in range(len(labels), 0, -1):
+        lengths, more = [len(label) for label in labels[:count]], len(labels) - count
+        end = "  |  +%d" % more if more else ""
+        room = columns - len(end) - sum(len(text[3]) + 6 for text in texts[:count]) + 5
+        size = max(size for size in range(columns)
+                   if not size or sum(min(length, size) for length in lengths) <= room)
+        if size >= min(max(lengths), 6) or count == 1:
+            parts = ["%s %s" % (shortened(label, size), text[3])
+                     for label, text in zip(labels[:count], texts)]
+            return ("  |  ".join(parts) + end)[:columns]
+    return ""
 
 
-def progress_text(activity, now, short=False):
-    """'[3/50] web  50 % of about 12 GiB  31 MB/s  3 min left' of an Activity, or '[3] web 50 %'."""
-    label, done, quiet = printable(activity.label), activity.done, now - activity.touched
-    expected, rate = activity.expected, done / max(now - activity.started, 0.001)
-    if activity.fraction > 0.02:
+def shortened(name, size):
+    """A name in so many characters; names differ at their ends more often than in the middle."""
+    if len(name) <= size:
+        return name
+    tail = max(size - 1, 0) // 2
+    return name[: max(size - 1 - tail, 0)] + "\u2026" + name[len(name) - tail :]
+
+
+def progress_texts(activity, now):
+    """How far an Activity is, in four forms, each shorter than the one before."""
+    done, quiet, expected = activity.done, now - activity.touched, activity.expected or 0
+    if not done or activity.doing in AT_REST:
+        doing = activity.doing or "waiting for the host"
+        told = "%s, %s" % (doing, time_text(quiet))
+        return [told, told, told, doing]
+    if (activity.fraction or 0) > 0.02:
         expected = done / min(activity.fraction, 1)
-    far, whole, pace = size_text(done), "", rate_text(rate)
-    if not done or activity.doing == "clean-up":
-        far, pace = activity.doing or "waiting for the host", time_text(quiet)
-    elif expected > done:
-        far, whole = "%d %%" % (100 * done // expected), " of about %s" % size_text(expected)
-        pace += "  %s left" % time_text((expected - done) / rate)
-    if done and quiet > SILENT:
-        pace = "host silent for %s" % time_text(quiet)
-    if not short:
-        return "%s  %s%s  %s" % (label, far, whole, pace)
-    label = re.sub(r"^\[(\d+)/\d+\]", r"[\1]", label)
-    return "%s %s" % (label if len(label) < 19 else label[:10] + "\u2026" + label[-7:], far)
+    rate = done / max(now - activity.started, 0.001)
+    speed, left, short, figures = rate_text(rate), "", size_text(done), size_text(done)
+    if expected > done:
+        short = "%d %%" % (100 * done // expected)
+        figures += " of about %s (%s)" % (size_text(expected), short)
+        left = "  %s left" % time_text((expected - done) / rate)
+    if quiet > SILENT:
+        speed, left = "host silent for %s" % time_text(quiet), ""
+    return ["%s  %s%s" % (figures, speed, left), "%s  %s%s" % (short, speed, left),
+            short + (left or "  " + speed), short]
 
 
 def is_terminal(stream):
@@ -5275,25 +5330,16 @@ def path_bytes(text):
     return text.encode("utf-8", "backslashreplace")
 
 
-def write_text(stream, text, watch=None):
-    """Writes UTF-8 at once, past Python's buffer. A reader that went away stops no backup, and one
-    that reads no more holds up no stop."""
-    import select
-
-    data = path_bytes(text)
+def write_text(stream, text):
+    """Writes UTF-8 at once; a reader that went away stops no backup."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        fd = stream.fileno()
-        while data:
-            while watch and not select.select([], [fd], [], LOOK)[1]:
-                if watch.signum:
-                    return
-            data = data[os.write(fd, data[:4096]) :]  # not more than select promises
+        getattr(stream, "buffer", stream).write(path_bytes(text))
+        stream.flush()
 
 
 def make_status(path, log, warnings):
     """The function that appends a line to the status log (none if path is None) and flushes it.
-    The first failure is logged and added to `warnings`. A new one may be read by monitors of other
-    users, whatever the umask."""
+    The first failure is logged and added to `warnings`."""
     lock, server, failed = threading.Lock(), short_host_name(), []
 
     def status(program, *texts):
@@ -5301,11 +5347,7 @@ def make_status(path, log, warnings):
         line = printable(",".join((stamp, program, server) + texts)) + "\n"
         try:
             with lock:
-                new = not os.path.exists(path)
-                with open(path, "ab") as file:
-                    if new:
-                        os.fchmod(file.fileno(), 0o644)
-                    file.write(line.encode("utf-8"))
+                append_shared(path, line.encode("utf-8"))
         except OSError as error:
             if not failed:
                 failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
@@ -5313,6 +5355,17 @@ def make_status(path, log, warnings):
                 log(failed[0])
 
     return status if path else lambda *texts: None
+
+
+def append_shared(path, data):
+    """Adds to a file that monitors of other users read: 0644 when it is new, whatever the umask."""
+    new = not os.path.exists(path)
+    with open(path, "ab") as file:
+        if new:
+            os.fchmod(file.fileno(), 0o644)
+        file.write(data)
+        file.flush()
+        sync(file.fileno())
 
 
 def replace_file(path, data, mode):
@@ -5323,7 +5376,8 @@ def replace_file(path, data, mode):
     fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
     try:
         with open(fd, "wb") as file:
-            os.fchmod(fd, mode)
+            if mode != 0o600:  # it is that from its first byte
+                os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             sync(fd)
@@ -5331,6 +5385,43 @@ def replace_file(path, data, mode):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def free_bytes(path):
+    """Bytes that are free in a file system; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+    return None
+
+
+def run_table(run, width=100):
+    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
+    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
+    items = [("pool database", run.pool_database)] if run.pool_database else []
+    items += [(item.name, item) for item in run.outcomes]
+    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
+    for name, item in items:
+        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
+        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
+                     time_text(item.seconds) if item.seconds else "",
+                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
+                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
+    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
+    notes = ["%s left" % size_text(free)] if free is not None else []
+    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
+    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
+    rows.append(("total", "", size_text(size), time_text(seconds),
+                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
+    lines = table(rows, width, right=(2, 3, 4))
+    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
+    for number, (_, item) in enumerate(items, 1):
+        if item.error:  # nothing is as important as the reason: it takes the other columns, too
+            reason, room = printable(item.error), max(width - start, 40)
+            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
+            lines[number] = lines[number][:start].ljust(start) + reason
+    return lines
 
 
 def write_json(run):
@@ -5360,17 +5451,18 @@ def write_json(run):
 
 
 METRICS = (
-    ("last_success_timestamp_seconds", "When the newest backup of the VM was made."),
-    ("last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
-    ("last_size_bytes", "Size of the export in the newest backup of the VM."),
-    ("last_duration_seconds", "How long the VM's last successful backup took."),
-    ("backups", "How many backups of the VM there are."),
-    ("run_end_timestamp_seconds", "When the last run ended."),
-    ("run_exit_status", "Exit status of the last run."),
-    ("free_bytes", "Free space in backup_dir."),
-    ("info", "1; its label tells the version."))
-SERIES = re.compile(  # metric, its label config, its other labels, value
-    r'^vmbackup_(\w+)\{(config="(?:[^"\\\n]|\\.)*")(.*)\} (\S+)$', re.M)
+    ("vmbackup_last_success_timestamp_seconds", "When the newest backup of the VM was made."),
+    ("vmbackup_last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
+    ("vmbackup_last_size_bytes", "Size of the export in the newest backup of the VM."),
+    ("vmbackup_last_duration_seconds", "How long the VM's last successful backup took."),
+    ("vmbackup_backups", "How many backups of the VM there are."),
+    ("vmbackup_run_end_timestamp_seconds", "When the last run ended."),
+    ("vmbackup_run_exit_status", "Exit status of the last run."),
+    ("vmbackup_free_bytes", "Free space in backup_dir."),
+    ("vmbackup_info", "1; its label tells the version."))
+QUOTED = r'"(?:[^"\\\n]|\\.)*"'
+SERIES = re.compile(  # metric, label config, its other labels, value
+    r"^(vmbackup_\w+)\{(config=%s)((?:,\w+=%s)*)\} ([0-9.e+-]+)$" % (QUOTED, QUOTED), re.M)
 
 
 def label_of(key, value):
@@ -5382,52 +5474,58 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
-    settings, series, old = run.settings, {}, b""
+    settings, there, series, old = run.settings, {}, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
     pool = {"," + label_of("vm", name) for name in run.pool_vms or ()}
     asked = {"," + label_of("vm", item.name): item for item in run.outcomes}
-    stay = pool if settings.only else pool.intersection(asked)
     with contextlib.suppress(FileNotFoundError):
         old = read_small(settings.metrics_file, limit=64 * MIB)
     for metric, config, labels, value in SERIES.findall(old.decode("utf-8", "replace")):
-        unknown = run.pool_vms is None and labels.startswith(",vm=")
-        if config != mine or unknown or labels in stay:
+        if config == mine:
+            there.setdefault(labels, {})[metric] = value
+        else:
             series[metric, config + labels] = value
-    for vm in pool.intersection(asked):
-        for metric, value in vm_metrics(run, asked[vm]).items():
-            series[metric, mine + vm] = value
-    series["run_end_timestamp_seconds", mine] = int(time.time())
-    series["run_exit_status", mine] = run.exit_status
-    series["free_bytes", mine] = free_bytes(settings.backup_dir)
-    series["info", "%s,%s" % (mine, label_of("version", __version__))] = 1
+    for vm, values in there.items():
+        if vm.startswith(",vm=") and (run.pool_vms is None or vm in pool and settings.only):
+            series.update({(metric, mine + vm): value for metric, value in values.items()})
+    for vm, item in asked.items():
+        if vm in pool:
+            values = dict(there.get(vm, {}), **vm_metrics(settings, item))
+            series.update({(metric, mine + vm): value for metric, value in values.items()})
+    series["vmbackup_run_end_timestamp_seconds", mine] = int(time.time())
+    series["vmbackup_run_exit_status", mine] = run.exit_status
+    series["vmbackup_free_bytes", mine] = free_bytes(settings.backup_dir)
+    series["vmbackup_info", "%s,%s" % (mine, label_of("version", __version__))] = 1
     lines = []
     for metric, text in METRICS:
-        lines += ["# HELP vmbackup_%s %s" % (metric, text), "# TYPE vmbackup_%s gauge" % metric]
-        lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
-                  for (of, labels), value in sorted(series.items())
+        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s gauge" % metric]
+        lines += ["%s{%s} %s" % (metric, labels, value) for (of, labels), value
+                  in sorted(series.items(), key=lambda pair: pair[0])
                   if of == metric and value is not None]
     replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
 
 
-def vm_metrics(run, item):
+def vm_metrics(settings, item):
     """{metric: value, or None for what is no more} of a VM that this run was asked for: its last
     success is the newest backup on disk, so one that failed keeps its old one."""
-    told, found = {}, []
+    told = {}
     if item.result != "SKIPPED":
-        told["last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
+        told["vmbackup_last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
     if item.result in ("SUCCESS", "WARNING"):
-        told["last_duration_seconds"] = round(item.seconds, 3)
+        told["vmbackup_last_duration_seconds"] = round(item.seconds, 3)
+    found = []
     try:
-        with opened(run.settings.backup_dir) as top, opened(
-                native(folder_name(item.name)), top) as vm:
-            found = backups(scan(vm, run.patterns))
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            return told  # what the file knew of the disk stays
-    newest = found[-1] if found else None
-    return dict(told, backups=len(found), last_size_bytes=newest and newest.size,
-                last_success_timestamp_seconds=newest and int(newest.created))
+        with opened(settings.backup_dir) as top, opened(native(folder_name(item.name)), top) as vm:
+            found = backups(scan(vm, [settings.backup_dir_pattern, DEFAULT_PATTERN]))
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return told  # what the file knew of the disk stays
+    told["vmbackup_backups"] = len(found)
+    told["vmbackup_last_success_timestamp_seconds"] = int(found[-1].created) if found else None
+    told["vmbackup_last_size_bytes"] = found[-1].size if found else None
+    return told
 
 
 def send_mail(run):
@@ -5455,8 +5553,8 @@ def send_mail(run):
     lines += run_table(run) if run.outcomes or run.pool_database else []
     items = ([run.pool_database] if run.pool_database else []) + run.outcomes
     for head, texts in (
-            ("Failed (one VM again: vmbackup.py - %s only=NAME)" % (settings.config_file or "NAME"),
-             ["%s %s: %s" % (item.kind, item.name, item.error) for item in items if item.error]),
+            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
+                        for item in items if item.error]),
             ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
                           for text in item.warnings] + settings.warnings),
             ("In no backup", [", ".join(run.not_in_backup or [])])):
@@ -5470,16 +5568,19 @@ def send_mail(run):
         try:
             deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
             break
-        except OSError:
+        except OSError as error:
             if not left or run.watch.signum:
-                raise
+                hint = (" (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
+                        if isinstance(error, ssl.SSLError) else "")
+                raise OSError("%s port %d: %s%s" % (settings.smtp_server, settings.smtp_port,
+                                                    describe(error), hint)) from None
             run.watch.sleep(MAIL_PAUSE)
     run.log("mail sent to %s" % ", ".join(settings.mail_to))
 
 
 def deliver(settings, data, timeout):
-    """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
-    it must not be sent again, for others have it. timeout: seconds for each answer."""
+    """Hands a message to the mail server. Raises OSError, or BackupError if only some of those who
+    were to get it are refused: it must not be sent again. timeout: seconds for each answer."""
     import smtplib
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
@@ -5488,6 +5589,7 @@ def deliver(settings, data, timeout):
     connect: Any = smtplib.SMTP
     if settings.smtp_port == 465:
         connect = functools.partial(smtplib.SMTP_SSL, context=context)
+    problem: Any = OSError
     try:
         with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
                                         timeout=timeout)) as smtp:
@@ -5496,31 +5598,27 @@ def deliver(settings, data, timeout):
             if settings.smtp_user:
                 smtp.login(settings.smtp_user,
                            read_password_file(settings.smtp_password_file, plain=True))
-            refused = smtp.sendmail(settings.mail_from, settings.mail_to, data)
+            answers = smtp.sendmail(settings.mail_from, settings.mail_to, data)
+            problem = BackupError
             with contextlib.suppress(OSError):
                 smtp.quit()
     except smtplib.SMTPRecipientsRefused as error:
-        refused = error.recipients
-    except OSError as error:  # smtplib's are, too
-        text = describe(error)
-        if isinstance(error, smtplib.SMTPResponseException):
-            text = "%d %s" % (error.smtp_code, os.fsdecode(error.smtp_error))
-        if isinstance(error, ssl.SSLError):
-            text += " (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
-        raise OSError("%s port %d: %s" % (
-            settings.smtp_server, settings.smtp_port, text)) from None
-    if refused:
-        raise BackupError("; ".join("%s: %d %s" % (who, code, os.fsdecode(text))
-                                    for who, (code, text) in refused.items()))
+        answers = error.recipients
+    except smtplib.SMTPResponseException as error:
+        answers = {"it said": (error.smtp_code, error.smtp_error)}
+    if answers:
+        raise problem("; ".join("%s: %d %s" % (who, code, bytes(text).decode("utf-8", "replace"))
+                                for who, (code, text) in answers.items()))
 
 
 def send_reports(run):
     """Mails and writes what the settings ask for, the mail first: one that cannot be sent is a
     warning of the run, in its other reports too."""
     settings = run.settings
+    mailing = settings.mail_to and settings.mail_from and settings.smtp_server
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
     for wanted, make, failure in (
-            (settings.mail_to and when, send_mail, "the mail could not be sent"),
+            (mailing and when, send_mail, "the mail could not be sent"),
             (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
             (settings.report_json, write_json, "report_json cannot be written")):
         try:
@@ -5548,38 +5646,46 @@ Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR
 """
 # Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
 HELP = """\
-<password>          itself; or a file made by create-password-file; or - (a line of standard \
-input); or local (XAPI's socket in this dom0: no password)
-<config-file>       for cron; see: vmbackup.py config
-<vm-selector>       a VM's name or a regular expression; :N behind it replaces max_backups; \
-vdi-export=SELECTOR takes only the first disk
+<password>          the password itself; or a file made by create-password-file; or - (one line of \
+standard input, asked for on a terminal); or local (XAPI's socket in this dom0: no password at all)
+<config-file>       the usual choice for cron; see: vmbackup.py config
+<vm-selector>       a VM's name or a regular expression; :N behind it keeps N backups instead of \
+max_backups; vdi-export=SELECTOR takes only the first disk
 preview             connects, checks and shows what would be done; changes nothing
-only=SELECTOR       of the chosen VMs only those that it matches
+only=SELECTOR       of the chosen VMs only those that it matches: repeats one with its config file
 create-password-file=FILE  writes the password, encoded, into a file for its owner's eyes only
-verify              proves every backup on disk again: checksums, archive, metadata
-list                which backups there are; of one VM each with the rule that keeps it
-check               a line for Nagios and its like, then one for each VM without a backup younger \
-than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
+verify              proves every backup on disk again: checksums, archive, metadata; no password, \
+no network, changes nothing
+list                which backups there are, how old and large, what is odd about them; of one VM \
+each with the rule that keeps it; json for programs
+check               a line for Nagios, Icinga and their like, then one for each VM without a \
+backup younger than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, \
+3 UNKNOWN
 extract             writes the disks of an XVA as sparse images NAME-xvda.raw into the folder to= \
-(default: the current one), or just disk=
-restore             makes a new, halted VM (vdi-export: a disk) of the newest backup or of \
-backup=FOLDER, on sr=SR (name or uuid), called as=NAME, with its MAC addresses if preserve=True; \
-changes nothing that is on the pool
+(default: the current one), or just disk=; replaces no file
+restore             makes a new, halted VM (vdi-export: a disk) of a backup, proved while it is \
+sent; changes nothing that is on the pool. With a config file: of the VM's newest backup, or \
+backup=FOLDER. sr=SR: name or uuid, instead of the pool's default. as=NAME: instead of the \
+original's. preserve=True: with its MAC addresses. host, username, tls_* and rate_limit as below
 Exit status         0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was \
 started, 4 another run holds the lock, 128+n stopped by signal n
 
-name=value          a setting, in the config file or, overriding it, as an argument:
+name=value          one of these settings, in the config file or, overriding it, as an argument:
 """
 CONFIG = """\
 # Example config file for vmbackup.py: name=value lines, '#' comments on lines of their own.
 # A setting that is not given has the default shown here.
 
+#### settings ####
+
 %s
 #### which VMs ####
-# Letters, digits, space, '-' and '_' only: the name of one VM. Anything else: a regular expression,
-# matched from the start of the name. ':N' at the end replaces max_backups. Simple names win over
-# regular expressions, later lines over earlier ones, exclude over all.
+# Only letters, digits, space, '-' and '_': the name of one VM. Anything else is a regular
+# expression, matched from the start of the name; the VM of just that name is meant, too.
+# ':N' at the end overrides max_backups. Simple names win over regular expressions, later lines
+# over earlier ones, exclude over all.
 
+# exclude selected VMs
 #exclude=PROD-WinDomainController
 #exclude=TEMP-.*
 
@@ -5588,6 +5694,7 @@ CONFIG = """\
 
 # vm-export: whole VMs (an empty vm-export= means all)
 #vm-export=my-vm-name
+#vm-export=my-third-vm:3
 #vm-export=PROD.*
 #vm-export=DEV.*:2
 """
@@ -5597,14 +5704,19 @@ EXAMPLE = """\
   vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
   vmbackup.py local weekend.cfg
-# one VM again; all whose names begin with DEV-my, without a config file
+# one VM again, as the config file says; one VM (names are case sensitive); only its first disk
   vmbackup.py local weekend.cfg only=DEV-mySql
+  vmbackup.py - "DEV mySql"
+  vmbackup.py - vdi-export=DEV-mySql
+# all VMs of a pool whose names begin with DEV-my, keeping 2 backups of each
   vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-# what is there, whether any is late, whether all are whole; a VM back
+# which backups there are, whether any is late, whether they are still whole
   vmbackup.py list weekend.cfg
   vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
+# a VM back, beside the one that is there; its disks as images
   vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
+  vmbackup.py extract '/mnt/backup/DEV-mySql/backup-2026-11-23-(02:00:00)' to=/mnt/images
 """
 
 
@@ -5616,16 +5728,19 @@ def config_text():
 
 def help_text(topic=""):
     """All of the help, or its part about one word, as wide as the terminal (40 to 100 columns)."""
-    usage, lines = USAGE.splitlines() + [""], HELP.splitlines() + ["%-19s %s (default: %s)" % (
+    lines = HELP.splitlines() + ["%-19s %s (default: %s)" % (
         item.name, item.about, item.default or "none") for item in SETTINGS]
     if topic:
-        parts = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
-        if topic not in parts:
-            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(parts))))
-        usage, lines = usage_of(topic), [parts[topic]]
+        part = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
+        if topic not in part:
+            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(part))))
+        lines = usage_of(topic) + [part[topic]]
+    else:
+        lines = USAGE.splitlines() + [""] + lines
     width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
-    folded = [fold(line, width, " " * 7) for line in usage]
-    folded += [fold(line, width, " " * min(20, width // 3)) for line in lines]
+    indents = [re.match(r"\S+ ?\S*  +|Usage: | *", line).end() or 7 for line in lines]
+    folded = [fold(line, width, " " * min(indent, width // 2))
+              for line, indent in zip(lines, indents)]
     return "\n".join(itertools.chain(*folded)) + "\n"
 
 
@@ -5647,8 +5762,16 @@ COMMANDS = ("verify", "list", "check", "extract", "restore")
 DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
+def command(words, log, watch):
+    """Carries out a command line, and logs what goes wrong; returns the exit status."""
+    try:
+        return dispatch(words, log, watch)
+    except (Exception, Interrupted) as error:
+        log_error(error, log)
+        return getattr(error, "exit_code", 2)
+
+
 def log_error(error, log):
-    """Logs what went wrong, a line for each cause."""
     for line in reason_of(error).split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
     debug(error, log)
@@ -5664,9 +5787,12 @@ def dispatch(words, log, watch):
     if first in COMMANDS:
         return other_command(first, words[1:], log, watch)
     if len(words) < 2:
-        near = similar(first, list(COMMANDS) + list(TEXTS))
-        return too_few(USAGE, "<password> or <config-file|vm-selector>: both are needed%s" % (
-            ", or did you mean %s?" % near if near else ""))
+        near = similar(first, COMMANDS + tuple(TEXTS))
+        missing = "<config-file|vm-selector>"
+        if not words or DRY_RUN.match(first) or first.startswith("create-password-file") or (
+                is_config(native(words[0]))):
+            missing = "<password> (itself, a password file, - or local) in front of " + missing
+        return too_few(USAGE, missing + (", or did you mean %s?" % near if near else ""))
     check_order(*words[:2])
     key, _, value = words[1].partition("=")
     if key.lower() == "create-password-file":
@@ -5685,28 +5811,43 @@ def too_few(usage, missing):
 
 def other_command(name, words, log, watch):
     """verify, list, check, extract or restore; returns the exit status."""
+    carry_out = {"verify": verify_command, "list": list_command, "check": check_command,
+                 "extract": extract_command, "restore": restore_command}[name]
     if words and words[0].lower() in ("-h", "--help"):
         write_text(sys.stdout, help_text(name))
         return 0
     usage = usage_of(name)[0][7:]
     missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if missing and name != "check":  # which tells a monitor so
+    if name == "check":  # monitors read its one line on standard output, whatever happens
+        try:
+            if missing:
+                raise ConfigError("missing: " + missing)
+            return carry_out(words, log, watch)
+        except (Exception, Interrupted) as error:
+            text = re.sub(r"\A\W*ERROR\W*", "", reason_of(error).split("\n")[0])
+            log.bare("VMBACKUP UNKNOWN - %s" % printable(text).replace("|", "/"))
+            return 3
+    if missing:
         return too_few("Usage: %s\n" % usage, missing)
     if name == "restore":
         check_order(*words[:2])
         check_packages()
-    return {"verify": verify_command, "list": list_command, "check": check_command,
-            "extract": extract_command, "restore": restore_command}[name](words, log, watch)
+    return carry_out(words, log, watch)
 
 
-def check_order(*words):
+def is_config(path):
+    """True if a line of the file begins with the name of a setting."""
+    with contextlib.suppress(ConfigError):
+        return os.path.isfile(path) and bool(load_config(path))
+    return False
+
+
+def check_order(first, second):
     """Refuses swapped arguments, and shows none of them: one is the password."""
-    key, separator, _ = words[0].lower().partition("=")
-    wrong, configs = separator and key in RULE_KEYS + ("create-password-file",), []
-    for word in filter(os.path.isfile, map(native, words)):
-        with contextlib.suppress(ConfigError):
-            configs += [word] if load_config(word) else []
-    if wrong or DRY_RUN.match(words[0]) or configs == [native(words[0])]:
+    key = first.lower().partition("=")[0]
+    selector = "=" in first and key in RULE_KEYS + ("create-password-file",)
+    if selector or DRY_RUN.match(first) or (
+            is_config(native(first)) and not is_config(native(second))):
         raise ConfigError("ERROR - the first argument has to be the password (a password file, - or"
                           " local), a config file or selector and preview stand behind it")
 
@@ -5788,11 +5929,11 @@ def parse_selector(text):
         return key, value, "command line"
     if not bare:
         raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
-    words = RULE_KEYS + ("only", "create-password-file")
-    if DRY_RUN.match(text) or separator and (key in KNOWN or similar(key, words)):
-        raise ConfigError("ERROR - invalid parameter %s: the second argument is a config file, a VM"
-                          " selector, vm-export= or vdi-export=; preview and settings stand behind"
-                          " it" % text)
+    near = similar(key, ("vm-export", "vdi-export", "create-password-file")) if separator else ""
+    if DRY_RUN.match(text) or near or separator and key in tuple(KNOWN) + ("exclude", "only"):
+        raise ConfigError(
+            "ERROR - invalid parameter %s: the second argument is a config file or a VM selector%s"
+            % (text, ", did you mean %s=?" % near if near else "; preview stands behind it"))
     if "/" in text or bare.lower().endswith((".cfg", ".conf", ".ini")):
         raise ConfigError("ERROR - no such config file: %s (for a VM of that name: vm-export=%s)"
                           % (text, text))
@@ -5816,24 +5957,33 @@ def check_outputs(settings, log):
         if settings.config_file:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    mistakes, taken = [], [os.path.realpath(settings.config_file or "/")]
-    for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
+    mistakes, taken = [], {os.path.realpath(settings.config_file or "/")}
+    for key, begin in (("status_log", rb""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
-        if path and (settings.config_file or key != "status_log"):
-            try:
-                if os.path.realpath(path) in taken:
-                    raise BackupError("this file serves for something else")
-                if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-                    raise BackupError("give a file in a folder that exists")
-                if path != os.devnull and os.path.exists(path) and not re.match(
-                        begin, read_small(path, limit=99, part=True)):
-                    raise BackupError("what it holds is none of this program's")
-            except (OSError, BackupError) as error:
-                mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
+        if path and (key != "status_log" or settings.config_file):
+            problem = _problem(path, begin, taken)
+            if problem:
+                mistakes.append("ERROR - %s=%s: %s" % (key, path, problem))
                 setattr(settings, key, None)
-            taken.append(os.path.realpath(path))
+            taken.add(os.path.realpath(path))
     return mistakes
+
+
+def _problem(path, begin, taken):
+    """Why a run must not write there, or None. begin: how a file that is there has to begin."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        return "give a file in a folder that exists"
+    if os.path.realpath(path) in taken:
+        return "this file serves for something else"
+    if not os.path.exists(path) or (not begin and stat.S_ISCHR(os.stat(path).st_mode)):
+        return None  # the status log may be /dev/null
+    try:
+        if not re.match(begin, read_small(path, limit=99, part=True)):
+            return "what is in this file would be replaced, and it is none of this program's"
+    except (OSError, BackupError):
+        return "it is no regular file that can be read"
+    return None
 
 
 def check_paths(settings):
@@ -5842,6 +5992,8 @@ def check_paths(settings):
     if not os.path.isdir(path):
         raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)%s"
                           % (path, meant(path) if " #" in path else ""))
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     if os.stat(path).st_dev == os.stat("/").st_dev:
         text = "backup_dir lies on the file system of / (is the share mounted?): %s" % path
         if settings.require_mount:
@@ -5850,14 +6002,13 @@ def check_paths(settings):
             settings.warnings.append("***WARNING - %s; backups there may fill this dom0" % text)
     for key in ("tls_ca", "smtp_ca", "smtp_password_file"):
         file = getattr(settings, key)
+        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
+            raise ConfigError("ERROR - %s=%s: there is no such file to read" % (key, file))
         try:
-            if file:
-                read_small(file, part=True)  # a pipe would be waited for
             if file and key.endswith("_ca"):
                 ssl.create_default_context(cafile=file)
-        except (OSError, BackupError) as error:
-            raise ConfigError("ERROR - %s=%s cannot be used: %s" % (
-                key, file, describe(error))) from None
+        except (OSError, ValueError):
+            raise ConfigError("ERROR - %s=%s holds no certificate" % (key, file)) from None
     if settings.compress == "zstd" and not has_zstd():
         raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
                           " could be proved: install it, or set compress=gzip")
@@ -5869,12 +6020,8 @@ def main(argv=None) -> int:
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     watch = Watch()
     watch.install()
-    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
-        try:
-            return dispatch(words, log, watch)
-        except (Exception, Interrupted) as error:
-            log_error(error, log)
-            return getattr(error, "exit_code", 2)
+    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ)) as log:
+        return command(words, log, watch)
 
 
 if __name__ == "__main__":

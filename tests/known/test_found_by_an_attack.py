@@ -627,7 +627,7 @@ def test_an_internal_error_names_a_line_of_this_program(turn):
 
 @pytest.fixture
 def listener():
-    """Where nobody may connect to: (port of 127.0.0.1, function that tells whether somebody did)."""
+    """Where nobody may connect to: (port of 127.0.0.1, function: whether somebody did)."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(5)
