@@ -57,7 +57,7 @@ def test_a_backup_is_seen_whole(tmp_path):
     assert vmbackup.whole(found)
     assert found == vmbackup.Folder(
         folder.name, 1767232800.0 + 3 * 86400, "success", False, False, "web.xva", 7, "ab-1",
-        found.date, "", None)
+        found.date, "", None, "web")
     assert str(found.date) == "2026-01-03"
 
 
@@ -192,7 +192,7 @@ def test_a_cfg_file_is_read_back(tmp_path):
 # --- deletion ---
 
 STREWN = [".DS_Store", "._web.xva", "Thumbs.db", "thumbs.db", "Desktop.ini", ".nfs000012ab00000001",
-          ".smbdeleteAAA1b", ".fuse_hidden0001", ".apdisk", ".directory",
+          ".smbdeleteAAA1b", ".fuse_hidden0001", ".apdisk",
           "@eaDir/web.xva@SynoEAStream", "@eaDir/DISK-xvda/SYNOINDEX_MEDIA_INFO", ".AppleDouble/x",
           ".@__thumb/s800web.jpg", "DISK-xvda/.DS_Store", "VIFs/@eaDir/x"]
 USERS = ["notes.txt", "#recycle/web.xva", "@Recycle/x", ".snapshot/x", "$RECYCLE.BIN/x",
