@@ -12,7 +12,7 @@ import unicodedata
 import pytest
 
 import vmbackup
-from vmbackup import BackupError, foreign_entry, open_folder, opened, remove_folder, scan
+from vmbackup import BackupError, judge, open_folder, opened, remove_folder, scan
 
 PATTERNS = [vmbackup.DEFAULT_PATTERN]
 NIGHT = "backup-2026-01-%02d-(02:00:00)"
@@ -45,7 +45,8 @@ def remove(top, name, vm="web"):
 
 def foreign(folder, vm="web"):
     with opened(str(folder)) as fd:
-        return foreign_entry(fd, vm)
+        _, why = judge(fd, vm)
+    return why[len("it holds ") : -len(", which is not ours")] if "not ours" in why else None
 
 
 # --- what is there ---

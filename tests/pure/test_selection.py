@@ -268,4 +268,5 @@ def test_no_selector_raises_anything_of_its_own(lines, names):
         selected = chosen(["%s=%s" % line for line in lines], names)
     except vmbackup.ConfigError:
         return
-    assert set(selected) - set(names) <= {name for name in selected if vmbackup.is_simple(name)}
+    assert set(selected) - set(names) <= {
+        name for name in selected if vmbackup.make_rule("exclude", name).simple}
