@@ -20,7 +20,7 @@ from support.tally import Ledger, is_good, tree
 
 SERVER = socket.gethostname().split(".")[0]  # as status log and reports call this machine
 WRONG = "00" * 32  # the fingerprint of no certificate
-IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_PAUSES": (0, 0.1), "DETACH_PAUSES": (0.1, 0.2)}
+IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_ENDS": 0.1, "DETACH_PAUSES": (0.1, 0.2)}
 
 
 def wait_until(condition):
