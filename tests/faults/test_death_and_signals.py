@@ -18,8 +18,8 @@ from support.world import (
     unprovable,
 )
 
-CALLS = {"vm-export": 37, "vdi-export": 33}  # enough for those of a run, each with a VM of its own
-CHANGES = 52  # the same for changes on disk
+CALLS = {"vm-export": 50, "vdi-export": 45}  # enough for those of a run, each with a VM of its own
+CHANGES = 75  # the same for changes on disk
 KINDS = ("vm-export", "vdi-export")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

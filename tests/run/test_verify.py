@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from simulator.client import Simulator
 from simulator.pool import MIB, Pool, disk, vif
 from support.harness import Site, finish, start, vmbackup
 from support.upstream import folder_name, leave_backup
-from support.world import everything_below
+from support.world import everything_below, wait_until
 
 FORMS = {"xva": [], "xva.gz": ["compress=gzip"], "xva.zst": ["compress=zstd"],
          "raw": ["vdi_export_format=raw"], "vhd": ["vdi_export_format=vhd"]}
@@ -123,13 +124,14 @@ def test_what_may_be_named(made, tmp_path):
 
 
 @pytest.mark.parametrize("words, told", [
-    ([], "usage"), (["a", "b", "c"], "usage"), (["nothing"], "no such config file or folder: "),
+    ([], "Missing: <config-file|folder|file>"), (["a", "b", "c"], "invalid parameter c: "),
+    (["nothing"], "no such config file or folder: "),
 ])
 def test_words_that_name_nothing(words, told, tmp_path):
     result = vmbackup("verify", *words, cwd=tmp_path)
     assert result.status == 3
-    assert result.has(told)
-    assert len(result.lines) == 1
+    assert told in result.out + result.err
+    assert len((result.out + result.err).splitlines()) == (1 if words else 2)  # with the usage
 
 
 def test_no_backup_is_no_proof(made, tmp_path):
@@ -301,11 +303,14 @@ def test_a_backup_without_sums_gets_the_check_of_its_structure(made, tmp_path, m
 
 
 def test_a_disk_of_325_has_the_size_that_its_vdi_cfg_tells(tmp_path):
-    for vm, size in (("good", MIB), ("short", MIB - 512), ("long", MIB + 512)):
-        (leave_backup(tmp_path, vm, 5, suffix="raw") / (vm + ".raw")).write_bytes(bytes(size))
+    for vm, data in (("good", bytes(MIB)), ("short", bytes(MIB - 512)),
+                     ("rounded", bytes(MIB + 512)), ("long", bytes(MIB + 511) + b"x"),
+                     ("longest", bytes(3 * MIB + 1))):
+        (leave_backup(tmp_path, vm, 5, suffix="raw") / (vm + ".raw")).write_bytes(data)
     told = verdicts(checked(tmp_path))
     assert {vm: verdict for vm, (verdict, _) in told.items()} == {
-        "good": "Success", "short": "ERROR", "long": "ERROR"}
+        "good": "Success", "short": "ERROR", "rounded": "Success", "long": "ERROR",
+        "longest": "ERROR"}
     (tmp_path / "good" / folder_name(5) / "DISK-xvda" / "vdi.cfg").unlink()
     assert "NOT its size" in verdicts(checked(tmp_path))["good"][1]
 
@@ -333,14 +338,23 @@ def test_verify_while_a_run_is_going_on(site):
     assert checked(here.config, top=here.path).status == 0
 
 
-def test_a_signal_ends_verify(made, tmp_path):
+def test_a_signal_ends_verify(tmp_path):
+    with (tmp_path / "web.raw").open("wb") as file:
+        file.truncate(1 << 42)  # it would read for hours
+    process = start("verify", tmp_path / "web.raw")
+    wait_until(lambda: any(os.path.realpath(str(link)) == str(tmp_path / "web.raw")
+                           for link in Path("/proc/%d/fd" % process.pid).iterdir()))
+    process.send_signal(2)
+    result = finish(process)
+    assert result.status == 130, result
+    assert result.has("stopped by signal 2"), result
+
+
+def test_a_fifo_in_place_of_an_export_is_an_error_and_no_wait(made, tmp_path):
     folder = tmp_path / "backups" / "web" / folder_name(5)
     shutil.copytree(str(of(made["xva"])), str(folder))
     export_in(folder).unlink()
-    os.mkfifo(str(folder / "web.xva"))  # it waits there
-    process = start("verify", tmp_path / "backups")
-    writer = os.open(str(folder / "web.xva"), os.O_WRONLY)
-    process.send_signal(2)
-    os.close(writer)
-    result = finish(process)
-    assert result.status == 130, result
+    os.mkfifo(str(folder / "web.xva"))
+    result = checked(tmp_path / "backups")
+    assert result.status == 2, result
+    assert result.has("web.xva is no regular file"), result

@@ -56,7 +56,7 @@ def test_the_folder_holds_what_the_contract_lists(site):
     (folder,) = here.folders("web")
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == ["DISK-xvda/vbd.cfg", "DISK-xvda/vdi.cfg", "DISK-xvdb/vbd.cfg",
-                     "DISK-xvdb/vdi.cfg", "SHA256SUMS", "VIFs/vif-0.cfg", "success",
+                     "DISK-xvdb/vdi.cfg", "RESTORE.txt", "SHA256SUMS", "VIFs/vif-0.cfg", "success",
                      "vm-metadata.xml", "vm.cfg", "web.xva"]
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=str(folder), check=True)
     records = here.sim.records("VM").values()
@@ -98,12 +98,12 @@ def test_runs_in_the_same_second_minute_or_day_have_folders_of_their_own(turn, p
 OTHERS = "snapshot=8d1bd05c-0000-4000-8000-000000000001"
 
 
-def test_a_key_is_proof_unless_it_was_inherited(turn):
+def test_a_key_proves_only_the_snapshot_that_it_names(turn):
     """A VM that was imported from a backup bears its snapshot's key, and so do those that somebody
     else takes of it: they are not ours."""
     pool = Pool()
     marks = {"a uuid": "8d1bd05c-0000-4000-8000-000000000002", "one": "1", "nothing": None,
-             "another's": OTHERS}
+             "another's": OTHERS, "ours": OTHERS}
     for name, own in (("web", None), ("db", "1"), ("mail", OTHERS)):
         pool.vm(name, other_config={"vmbackup": own} if own else {},
                 disks=[disk(MIB, name, seed=name)],
@@ -114,12 +114,16 @@ def test_a_key_is_proof_unless_it_was_inherited(turn):
     for ref, record in here.sim.records("VDI").items():
         if record["is_a_snapshot"]:
             here.sim.set("VDI", ref, "other_config", {"vmbackup": OTHERS})
+    for name in ("web", "db", "mail"):
+        record = here.sim.record("VM", "ours of " + name)
+        here.sim.set("VM", record["uuid"], "other_config", {
+            "vmbackup": "snapshot=" + record["uuid"]})
     here.configure("vm-export=.*")
     before = here.snapshots()
-    assert len(before) == 12
+    assert len(before) == 15
     result = here.run()
     assert result.status == 0, result
-    ours = ["a uuid of web", "one of web", "a uuid of db", "a uuid of mail", "one of mail"]
+    ours = ["ours of web", "ours of db", "ours of mail"]
     left = sorted(set(before) - set(ours))
     assert here.snapshots() == left
     assert sum("removing the leftover snapshot" in line for line in result.lines) == len(ours)
