@@ -110,7 +110,8 @@ def test_a_signal_at_every_call(turn, tmp_path, tally, kind):
             site.sim.clear_faults(fault)
             signals += 1
             asked_last = site.sim.methods()[before + step] == "session.logout"
-            assert run.status == 128 + number or asked_last and run.status == 0, run
+            assert run.status == 128 + number or asked_last and run.status == 0, (
+                site.sim.methods()[before + step:], run)
             assert_whole(site, ledger, "vm00", least=2)
             site.assert_pool_is_clean(["mine"])
             assert_as_if_nothing_had_happened(site, ["vm00"])

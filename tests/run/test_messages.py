@@ -112,7 +112,8 @@ def test_what_the_hosts_own_checks_refuse(turn):
     pool.vm("SR_OPERATION_NOT_SUPPORTED", disks=[disk(MIB, sr="cannot")], power_state="Running")
     pool.vm("VDI_IS_SHARABLE", disks=[disk(MIB, sharable=True)], power_state="Running")
     pool.vm("OPERATION_BLOCKED", disks=[disk(MIB)], blocked_operations={"snapshot": "no touch"})
-    pool.vm("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disks=[disk(MIB, "resets")], power_state="Running")
+    pool.vm("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disks=[disk(MIB, "resets")],
+            power_state="Running")
     pool.vm("NO_HOSTS_AVAILABLE", disks=[disk(MIB)], cds=[cd("tools.iso")])
     here = turn(pool)
     here.sim.set("VDI", "resets", "on_boot", "reset")
