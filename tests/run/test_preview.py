@@ -173,8 +173,8 @@ def test_preview_changes_nothing(turn):
     assert after == files
     assert only_looks(here.sim)
     assert rows_of(result)["web"]["there/kept"] == "6/4"
-    for day in (1, 2, 3):
-        assert result.has("web: would delete backup-2026-01-0%d-(02:00:00) (" % day)
+    assert result.has("web: would delete %s (" % ", ".join(
+        "backup-2026-01-0%d-(02:00:00)" % day for day in (1, 2, 3)))
     assert result.has("web: would remove the unfinished backup backup-2026-01-09-(02:00:00)")
     assert result.has("web: disk xvdb ([NOBAK] scratch) is left out")
 
@@ -230,9 +230,9 @@ def test_the_table_tells_kind_disks_and_size_of_each_vm(turn):
     result = here.run("preview")
     assert rows_of(result) == {"web": {
         "VM": "web", "kind": "vm-export", "disks": "1", "to expect": "1.0 GiB",
-        "there/kept": "0/4", "would go": "-"}}
+        "there/kept": "0/1", "would go": "-"}}
     assert result.lines[-3].startswith("together about 1.0 GiB to expect, ")
-    assert re.match("pool .+, host .+, parallel=1, mail: none, report_json: none", result.lines[-2])
+    assert re.match("pool .+, host .+, parallel=1, mail: none, report", result.lines[-2])
 
 
 # --- what is said of each VM, and that the run does as it said ------------------------------------
@@ -277,6 +277,9 @@ def lines_of(result, vm):
 def test_the_rule_that_chose_a_vm_shows_in_its_kind_and_number(turn, lines, chosen):
     here = turn(four_vms())
     here.configure(*lines)
+    for vm in chosen:
+        for day in range(1, 10):
+            leave(here, vm, day)
     result = here.run("preview")
     assert result.status == 0, result
     assert {vm: "%s %s" % (row["kind"], row["there/kept"].split("/")[1])
@@ -346,11 +349,12 @@ def test_the_run_deletes_what_preview_said_and_why(turn, keep, there, doomed, pr
     here.configure("vm-export=web:%d" % keep, "max_backups=9", "pre_clean=" + pre_clean)
     names = [leave(here, "web", day) for day in range(1, there + 1)]
     result = here.run("preview")
-    assert lines_of(result, "web") == ["would delete %s (no rule keeps it: last %d)" % (name, keep)
-                                       for name in names[:doomed]], result
+    assert lines_of(result, "web") == ["would delete %s (beyond last %d)" % (
+        ", ".join(names[:doomed]), keep)] * bool(doomed), result
     row = rows_of(result)["web"]
-    assert row["there/kept"] == "%d/%d" % (there, keep)
-    assert (", ".join(names[:doomed]) or "-").startswith(row["would go"].rstrip("\u2026"))
+    assert row["there/kept"] == "%d/%d" % (there, min(keep, there + 1))  # with the new one
+    assert row["would go"] == ("%d backups" % doomed if doomed > 1 else
+                               names[0][len("backup-"):] if doomed else "-")
     assert [folder.name for folder in here.folders("web")] == names
     assert here.run().status == 0
     left = [folder.name for folder in here.folders("web")]
@@ -369,7 +373,7 @@ def test_what_is_no_backup_is_neither_counted_nor_doomed(turn):
     assert (row["there/kept"], row["would go"]) == ("0/1", "-")
     name = leave(here, "web", 2, marker="success_compress")
     row = rows_of(here.run("preview"))["web"]
-    assert (row["there/kept"], row["would go"]) == ("1/1", name)
+    assert (row["there/kept"], row["would go"]) == ("1/1", name[len("backup-"):])
 
 
 def test_backups_in_another_pattern_count_beside_those_in_the_usual_one(turn):
@@ -380,8 +384,9 @@ def test_backups_in_another_pattern_count_beside_those_in_the_usual_one(turn):
         folder = here.backups / "web" / name
         folder.mkdir()
         (folder / "success").write_text("")
-    row = rows_of(here.run("preview"))["web"]
-    assert (row["there/kept"], row["would go"]) == ("3/2", "20260101-020000, " + usual)
+    result = here.run("preview")
+    assert rows_of(result)["web"]["there/kept"] == "3/2"
+    assert result.has("web: would delete 20260101-020000, %s (beyond last 2)" % usual)
     assert here.run().status == 0
     assert [folder.name for folder in here.folders("web")][0] == "20260103-020000"
 
