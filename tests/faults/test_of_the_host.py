@@ -141,9 +141,9 @@ ANY_EXPORT = {
     "never let in": Fault(ANSWER, "export_401", {}, "the host answered 401"),
     "let in at last": Fault(ANSWER, "export_401", {"times": 1}, GOOD),
     "sent elsewhere": Fault(ANSWER, "export_302", {"location": "ftp://127.0.0.1/export"},
-                            "not followed: REDIRECT ftp://127.0.0.1/export"),
+                            "leads to 'ftp://127.0.0.1', which could not prove itself: refused"),
     "sent into clear text": Fault(ANSWER, "export_302", {
-        "location": "http://192.0.2.1/export?session_id=x"}, "not followed: REDIRECT http://192.0.2.1"),
+        "location": "http://192.0.2.1/export?session_id=x"}, "leads to 'http://192.0.2.1', which"),
     "sent to the void": Fault(ANSWER, "export_302", {"location": "https://127.0.0.1:1/export"},
                               "refused"),
     "sent in a circle": Fault(ANSWER, "export_302", {}, "in a circle"),

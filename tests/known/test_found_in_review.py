@@ -271,8 +271,8 @@ def test_a_vdi_snapshot_whose_answer_got_lost_is_told_of(turn):
     here.sim.fault("rpc_drop", method="VDI.snapshot", moment="after", times=1)
     result = here.run()
     assert result.status == 2, result
-    (left,) = [vdi for vdi in here.sim.records("VDI").values() if vdi["is_a_snapshot"]]
-    assert result.has(left["uuid"]), "an administrator has to look at it"
+    for vdi in here.sim.records("VDI").values():  # found as the one that is new, or told of
+        assert not vdi["is_a_snapshot"] or result.has(vdi["uuid"])
 
 
 def test_a_task_without_progress_ends_no_watch(turn):
@@ -298,7 +298,7 @@ def test_a_status_log_that_is_something_else(turn, tmp_path):
         text = here.configure("vm-export=web").read_text()
         secret = word.read_text()
         result = vmbackup(word, here.config)
-        assert result.status == 3 and result.has("ERROR - status_log=%s " % path), result
+        assert result.status == 3 and result.has("status_log=%s" % path), result
         assert (here.config.read_text(), word.read_text()) == (text, secret)
     here.status_log = Path(os.devnull)
     here.configure("vm-export=web")
@@ -328,3 +328,14 @@ def test_a_keep_count_of_any_length_is_a_number(turn):
     here = turn(one_vm())
     here.configure("vm-export=web:" + "9" * 5000)
     assert here.run("preview").status == 0
+
+
+def test_zstd_where_nothing_decompresses_starts_nothing(turn):
+    """Such an export could not be proved: when xapi dies in it, its compressor ends the frame."""
+    here = turn(one_vm())
+    here.configure("vm-export=web", "compress=zstd")
+    for words in ([], ["preview"]):
+        result = here.run(*words, env={"PATH": "/nonexistent"})
+        assert result.status == 3, result
+        assert result.has("zstd")
+    assert not here.sim.calls()

@@ -51,7 +51,6 @@ def foreign(folder, vm="web"):
 
 # --- what is there ---
 
-
 def test_a_backup_is_seen_whole(tmp_path):
     folder = leave(tmp_path, 3)
     found = look(tmp_path)[folder.name]

@@ -185,7 +185,6 @@ def test_own_max_backups_is_one_or_more(line):
 
 # --- config files ---
 
-
 @pytest.mark.parametrize("data, expected", [
     (b"", []), (b"\n \n# a=b\n  # c=d\n", []), (b"a=b", [("a", "b")]),
     (b"\xef\xbb\xbfa=b\r\nc=d\r\n", [("a", "b"), ("c", "d")]),

@@ -77,7 +77,6 @@ def config(top):
 
 # --- check ---
 
-
 def test_the_line_of_the_contract(top, config):
     for number in range(39):
         leave(top, "vm%02d" % number, 2 + number / 100, 30)
@@ -362,7 +361,6 @@ def test_a_stop_by_signal_ends_a_rule_without_end(top, config):
 
 
 # --- list ---
-
 
 def test_the_overview(top):
     leave(top, "web", 2, 26, 50, size=3000)

@@ -57,7 +57,7 @@ def test_each_advice_has_its_test():
 def pool_of_codes():
     pool = Pool()
     for code in list(CODES) + ["witness"]:
-        pool.vm(code, disks=[disk(MIB + 512, code, seed=code)])
+        pool.vm(code, power_state="Running", disks=[disk(MIB + 512, code, seed=code)])
     return pool
 
 
@@ -114,6 +114,8 @@ def test_what_the_hosts_own_checks_refuse(turn):
     pool.vm("OPERATION_BLOCKED", disks=[disk(MIB)], blocked_operations={"snapshot": "no touch"})
     pool.vm("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disks=[disk(MIB, "resets")])
     pool.vm("NO_HOSTS_AVAILABLE", disks=[disk(MIB)], cds=[cd("tools.iso")])
+    for vm in pool.description["vms"]:
+        vm["power_state"] = "Running"  # a halted one would be exported as it is
     here = turn(pool)
     here.sim.set("VDI", "resets", "on_boot", "reset")
     iso = here.sim.ref("SR", "ISOs")

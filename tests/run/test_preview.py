@@ -61,7 +61,7 @@ def test_the_block_with_nothing_given_but_a_name(turn, tmp_path):
                       "backup_dir=%s" % tmp_path)
     begin = result.lines.index("VmBackup.py running with these settings:")
     assert result.lines[begin + 2:begin + 13] == [
-        "  status_log        = /snapshots/NAUbackup/status.log",
+        "  status_log        = none",
         "  compress          = False",
         "  max_backups       = 4",
         "  vdi_export_format = raw",
@@ -108,7 +108,7 @@ def test_preview_ends_as_the_run_would(turn, lines, status, text):
     assert result.lines[-1].startswith(
         ("SUCCESS preview parameters", "SUCCESS preview parameters - WARNINGS found (see above)",
          "ERROR preview parameters", ("ERROR - ", "***ERROR - "))[status])
-    assert status != 3 or not here.sim.calls()
+    assert status != 3 or "a[b" in text or not here.sim.calls()
     assert here.run().status == status
     assert bool(here.folders("Zoe") + here.folders("web")) == (
         status < 3 and "vm-export=x1" not in lines)
@@ -122,6 +122,12 @@ def test_vms_that_nothing_chose_are_listed(turn):
     here.configure("vm-export=")
     assert [line.strip() for line in here.run("preview").lines
             if line.startswith("VMs-not-in-backup")] == ["VMs-not-in-backup:"]
+
+
+def below_backups(found):
+    """Without backup_dir itself, in which a probe may have been made and removed."""
+    return {path: state for path, state in found.items()
+            if not path.endswith(("/backups", "/backups/."))}
 
 
 def test_preview_changes_nothing(turn):
@@ -146,13 +152,13 @@ def test_preview_changes_nothing(turn):
     result = here.run("preview")
     assert result.status == 0, result
     assert pool_state(here.sim) == before
-    assert everything_below(here.path) == files
+    assert below_backups(everything_below(here.path)) == below_backups(files)
     for method in here.sim.methods():
         assert method.startswith("session.log") or ".get_" in method
-    assert result.has("web: has 6 backups, keeps 4, would delete backup-2026-01-01-(02:00:00),"
-                      " backup-2026-01-02-(02:00:00), backup-2026-01-03-(02:00:00)")
+    for day in (1, 2, 3):
+        assert result.has("web: would delete backup-2026-01-0%d-(02:00:00)" % day)
     assert result.has("web: would remove the unfinished backup backup-2026-01-09-(02:00:00)")
-    assert result.has("left out [NOBAK]")
+    assert result.has("([NOBAK] scratch) is left out")
 
 
 def calls_of_preview(tmp_path, vms, line):
@@ -204,8 +210,8 @@ def test_size_and_way_of_each_vm_are_shown(turn):
     here = turn(pool)
     here.configure("vm-export=web")
     result = here.run("preview")
-    assert result.has("web: vm-export, chosen by its name; halted; disks: xvda 1.0 GiB")
-    assert result.lines[-2].startswith("together about ")
+    assert row_of(result, "web")[:3] == ("vm-export", "1", "1.0 GiB")
+    assert result.has("together about ")
 
 
 # --- what is said of each VM, and that the run does as it said ------------------------------------
@@ -238,51 +244,58 @@ def lines_of(result, vm):
     return [line[len(vm) + 2:] for line in result.lines if line.startswith(vm + ": ")]
 
 
+def row_of(result, vm):
+    """(kind, number of disks, size to expect, "backups there/kept", what would go) of a VM."""
+    cells = r"%s +(vm-export|vdi-export) +(\d*) +(.*?) +(\d+/\d+)? +(.*)\Z" % re.escape(vm)
+    (found,) = filter(None, (re.match(cells, line) for line in result.lines))
+    return found.groups()
+
+
+def told_of_deletion(names, keep):
+    return ["would delete %s (no rule keeps it: last %d)" % (name, keep) for name in names]
+
+
 @pytest.mark.parametrize("lines, chosen", [
-    (["vm-export=web"], {"web": "vm-export, chosen by its name"}),
-    (["vm-export=web.*"], dict.fromkeys(("web", "web-2"), "vm-export, chosen by vm-export=web.*")),
+    (["vm-export=web"], {"web": "vm-export"}),
+    (["vm-export=web.*"], dict.fromkeys(("web", "web-2"), "vm-export")),
     (["vm-export=.*", "vm-export=web"], {
-        "web": "vm-export, chosen by its name", "web-2": "vm-export, chosen by vm-export=.*",
-        "db": "vm-export, chosen by vm-export=.*", "empty": "vm-export, chosen by vm-export=.*"}),
+        "web": "vm-export", "web-2": "vm-export",
+        "db": "vm-export", "empty": "vm-export"}),
     (["vm-export=web.*:9", "vm-export=w.*:2"], dict.fromkeys(
-        ("web", "web-2"), "vm-export, chosen by vm-export=w.*:2")),
+        ("web", "web-2"), "vm-export")),
     (["vm-export="], dict.fromkeys(
-        ("web", "web-2", "db", "empty"), "vm-export, chosen by vm-export=")),
+        ("web", "web-2", "db", "empty"), "vm-export")),
     (["vdi-export=d.", "vm-export=.*", "exclude=(web|empty)"], {
-        "db": "vdi-export, chosen by vdi-export=d."}),
+        "db": "vdi-export"}),
 ])
 def test_how_each_vm_was_chosen(turn, lines, chosen):
     here = turn(four_vms())
     here.configure(*lines)
     result = here.run("preview")
     assert result.status == 0, result
-    told = {vm: lines_of(result, vm)[0] for vm in ("web", "web-2", "db", "empty")
-            if lines_of(result, vm)}
-    assert {vm: text.split(";")[0] for vm, text in told.items()} == chosen
+    found = {line.split()[0]: line.split()[1] for line in result.lines
+             if re.match("(web|web-2|db|empty) +v", line)}
+    assert found == chosen
 
 
-def test_power_state_and_disks(turn):
+def test_number_and_size_of_disks(turn):
     here = turn(four_vms())
     here.configure("vm-export=.*")
     result = here.run("preview")
-    told = {vm: lines_of(result, vm)[0].split("; ", 1)[1]
-            for vm in ("web", "web-2", "db", "empty")}
-    assert told == {
-        "web": "running; disks: xvda 3.0 MiB, xvdb 1.0 MiB; about 4.0 MiB to expect",
-        "web-2": "suspended; disks: xvda 2.0 MiB; about 2.0 MiB to expect",
-        "db": "halted; disks: 0 4.0 MiB; about 4.0 MiB to expect",
-        "empty": "halted; disks: none; about 0 bytes to expect",
-    }
-    number = r"\d+(\.\d)? (bytes|[KMGT]iB)"
-    assert re.match("together about 10.0 MiB to expect, %s free" % number, result.lines[-2])
+    assert {vm: row_of(result, vm)[1:3] for vm in ("web", "web-2", "db", "empty")} == {
+        "web": ("2", "4.0 MiB"), "web-2": ("1", "2.0 MiB"), "db": ("1", "4.0 MiB"),
+        "empty": ("0", "0 bytes")}
+    number = r"[\d.]+ (bytes|[KMGT]iB)"
+    assert any(re.match("together about 10.0 MiB to expect, %s free" % number, line)
+               for line in result.lines)
 
 
 @pytest.mark.parametrize("words, suffix, size, told", [
-    (["compress=False"], "xva", 7 * MIB, "about 7.0 MiB"),         # what the last one had
-    (["compress=gzip"], "xva.gz", 9 * MIB, "about 9.0 MiB"),
-    (["compress=zstd"], "xva.zst", 9 * MIB, "about 9.0 MiB"),
-    (["compress=zstd"], "xva", 9 * MIB, "about 4.0 MiB"),          # not that of another form
-    (["compress=False"], "raw", 9 * MIB, "about 4.0 MiB"),
+    (["compress=False"], "xva", 7 * MIB, "7.0 MiB"),         # what the last one had
+    (["compress=gzip"], "xva.gz", 9 * MIB, "9.0 MiB"),
+    (["compress=zstd"], "xva.zst", 9 * MIB, "9.0 MiB"),
+    (["compress=zstd"], "xva", 9 * MIB, "4.0 MiB"),          # not that of another form
+    (["compress=False"], "raw", 9 * MIB, "4.0 MiB"),
 ])
 def test_the_size_to_expect_is_that_of_the_last_backup_of_the_form(turn, words, suffix, size, told):
     here = turn(four_vms())
@@ -291,19 +304,19 @@ def test_the_size_to_expect_is_that_of_the_last_backup_of_the_form(turn, words, 
     leave(here, "web", 2, suffix, size)
     leave(here, "web", 3, suffix, 80 * MIB, marker=None)
     result = here.run("preview", *words)
-    assert lines_of(result, "web")[0].endswith("; %s to expect" % told), result
+    assert row_of(result, "web")[2] == told, result
 
 
 def test_the_size_of_a_raw_disk_is_its_own(turn):
     here = turn(four_vms())
     here.configure("vdi-export=web")
     leave(here, "web", 1, "raw", 90 * MIB)
-    assert lines_of(here.run("preview"), "web")[0].endswith("; about 3.0 MiB to expect")
+    assert row_of(here.run("preview"), "web")[2] == "3.0 MiB"
     vhd = here.run("preview", "vdi_export_format=vhd")
-    assert lines_of(vhd, "web")[0].endswith("; about 3.0 MiB to expect")
+    assert row_of(vhd, "web")[2] == "3.0 MiB"
     leave(here, "web", 2, "vhd", 8 * MIB)
     vhd = here.run("preview", "vdi_export_format=vhd")
-    assert lines_of(vhd, "web")[0].endswith("; about 8.0 MiB to expect")
+    assert row_of(vhd, "web")[2] == "8.0 MiB"
 
 
 def test_what_the_disks_occupy_counts_where_the_host_tells_it(turn):
@@ -329,10 +342,8 @@ def test_the_run_deletes_what_preview_said_and_why(turn, keep, there, doomed, pr
     here.configure("vm-export=web:%d" % keep, "max_backups=9", "pre_clean=" + pre_clean)
     names = [leave(here, "web", day) for day in range(1, there + 1)]
     result = here.run("preview")
-    text = ("would delete %s (the oldest beyond %d)" % (", ".join(names[:doomed]), keep)
-            if doomed else "would delete none")
-    assert lines_of(result, "web")[1:] == [
-        "has %d backups, keeps %d, %s" % (there, keep, text)], result
+    assert row_of(result, "web")[3] == "%d/%d" % (there, keep), result
+    assert lines_of(result, "web") == told_of_deletion(names[:doomed], keep), result
     assert [folder.name for folder in here.folders("web")] == names
     assert here.run().status == 0
     left = [folder.name for folder in here.folders("web")]
@@ -347,10 +358,12 @@ def test_what_is_no_backup_is_neither_counted_nor_doomed(turn):
     (here.backups / "web" / "old" / "success").mkdir(parents=True)
     (here.backups / "web" / "notes.txt").write_text("mine")
     leave(here, "web", 1, marker=None)
-    assert lines_of(here.run("preview"), "web")[1] == "has 0 backups, keeps 1, would delete none"
+    result = here.run("preview")
+    assert (row_of(result, "web")[3], lines_of(result, "web")) == ("0/1", [])
     name = leave(here, "web", 2, marker="success_compress")
-    assert lines_of(here.run("preview"), "web")[1] == (
-        "has 1 backups, keeps 1, would delete %s (the oldest beyond 1)" % name)
+    result = here.run("preview")
+    assert (row_of(result, "web")[3], lines_of(result, "web")) == (
+        "1/1", told_of_deletion([name], 1))
 
 
 def test_backups_in_another_pattern_count_beside_those_in_the_usual_one(turn):
@@ -361,24 +374,23 @@ def test_backups_in_another_pattern_count_beside_those_in_the_usual_one(turn):
         folder = here.backups / "web" / name
         folder.mkdir()
         (folder / "success").write_text("")
-    assert lines_of(here.run("preview"), "web")[1] == (
-        "has 3 backups, keeps 2, would delete 20260101-020000, %s (the oldest beyond 2)" % usual)
+    assert lines_of(here.run("preview"), "web") == told_of_deletion(["20260101-020000", usual], 2)
     assert here.run().status == 0
     assert [folder.name for folder in here.folders("web")][0] == "20260103-020000"
 
 
 @pytest.mark.parametrize("name, value, noted", [
     ("a.b", "a.b", True), ("a.b", r"a\.b", False), ("a.b", "a.*", False), ("a-b", "a-b", False),
-    ("a+b c", "a+b c", False), ("a b.", "a b.", True)])
+    ("a+b c", "a+b c", True), ("a b.", "a b.", True)])
 def test_a_name_that_is_a_regular_expression_is_noted(turn, name, value, noted):
     pool = Pool()
     pool.vm(name, disks=[disk(MIB)])
     here = turn(pool)
     here.configure("vm-export=" + value)
     result = here.run("preview")
-    note = "NOTE - %s: not a simple name but a regular expression" % name
+    note = "NOTE - vm-export=%s: the VM of just this name is meant; it is no simple name" % value
     assert result.has(note) == noted, result
-    assert result.status == (1 if name == "a+b c" else 0)  # which does not match itself
+    assert result.status == 0, result
 
 
 def test_several_warnings_of_one_preview_each_on_its_line_and_once(turn):
@@ -409,10 +421,10 @@ def test_too_little_space_is_told_with_both_figures_and_space_check_passes_it_ov
     leave(here, "web", 1, "xva", 3 * free)
     result = here.run("preview")
     assert result.status == 2, result
-    for vm, size in (("web", "[0-9.]+ [GT]iB"), ("huge", "4096.0 TiB")):
+    for vm, size in (("web", "[0-9.]+ [GT]iB"), ("huge", "4096 TiB")):
         (line,) = [line for line in result.lines if line.startswith("***ERROR - %s: " % vm)]
         assert re.search(size + " to expect, [0-9.]+ [GT]iB free", line)
-    assert result.lines[-1].startswith("ERROR preview parameters: 2 VM(s)")
+    assert result.lines[-1].startswith("ERROR preview parameters: 2 VMs")
     result = here.run("preview", "space_check=False", "compress=zstd")
     assert result.status == 0, result
     assert result.has("free: the last ones may not fit")
@@ -432,5 +444,5 @@ def test_what_stands_in_place_of_a_folder_is_foretold(turn, tmp_path, what):
     for words in (["preview"], []):
         result = here.run(*words)
         assert result.status == 2, result
-        assert result.has("%s is a symbolic link" % path if what == "link" else str(path))
+        assert result.has("web is a symbolic link or no folder: refused")
     assert not here.folders("web", marked=False) if what == "link" else path.read_text() == "mine"
