@@ -12,21 +12,31 @@ What it promises:
     archive is complete to its last byte (every disk of the snapshot in it and filled, every chunk's
     hash right, nothing after the end). HTTP and end of stream alone prove nothing: export.ml
     answers 200 first.
-  * Deleted on disk are only marked folders beyond max_backups and unfinished folders of this
-    program; never the newest good backup, nothing with a foreign file in it.
-  * Destroyed on the pool are only snapshots proved to be this program's: is_a_snapshot,
-    snapshot_of the VM being backed up, and our other_config key or exactly our name.
   * One VM's failure never stops the others, and the exit status tells the worst that happened.
   * The password appears in no output, file, mail or argument of a child.
+
+What it can destroy, and where:
+  * on disk: marked backups that no rule of retention keeps and this program's own unfinished
+    folders, never the newest whole backup, nothing with a foreign file in it (remove_folder);
+    pool database dumps beyond max_backups (Run._dump); extract, restore and the reports replace
+    only what they made
+  * on the pool: snapshots proved to be this program's (Snapshot._attempt), and what a restore of
+    this program made and did not finish (restore's debris, by its import_task)
 
 What it does not promise: that the guest's applications were quiet (snapshots are crash
 consistent), that an XVA fits an older XAPI, or anything about time: see the README.
 
-Read it from the top: settings, selection, retention and the archive checker are pure; then come
-the XAPI client, the backup of one VM, the run, reports and the command line, each built on what
-stands above it. Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
+The rooms, each built on those above it:
+  errors and texts · settings · password and hosts · selection · names, folders and retention ·
+  proofs                                             pure, or with nothing but files
+  the watchman · the XAPI client · streams · saving  the one way to a host
+  snapshot, target, the plan · the backup of one VM · choice and preview · the run
+  restore · list and check · verify and extract · reports · the command line
+
+Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
 """
 
+import array
 import base64
 import collections
 import contextlib
@@ -42,7 +52,9 @@ import itertools
 import json
 import mmap
 import os
+import queue
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -63,8 +75,8 @@ import warnings
 import xml.parsers.expat
 import xmlrpc.client
 import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 __version__ = "4.0.0"
 
@@ -83,15 +95,22 @@ class BackupError(Exception):
     """Something the user can act on; the text is one line with cause and remedy."""
 
     exit_code = 2
+    final = False  # True: another try would end the same
 
 
-class ConfigError(BackupError):
+class Refused(BackupError):
+    """What trying again cannot change: a name, a lock, no space here."""
+
+    final = True
+
+
+class ConfigError(Refused):
     """Usage, configuration or login: nothing was started. Several lines = several mistakes."""
 
     exit_code = 3
 
 
-class LockedError(BackupError):
+class LockedError(Refused):
     """Another run holds the lock."""
 
     exit_code = 4
@@ -101,8 +120,8 @@ class ArchiveError(BackupError):
     """The bytes are not a whole export."""
 
 
-class Interrupted(BackupError):
-    """A signal asked the program to stop."""
+class Interrupted(BaseException):
+    """A signal asked the program to stop. No Exception: whoever catches those lets it through."""
 
     def __init__(self, signum):
         super().__init__("stopped by signal %d" % signum)
@@ -145,6 +164,11 @@ ADVICE = {
 }
 
 
+FINAL = ("OPERATION_BLOCKED", "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION",
+         "VM_HAS_VUSBS", "SR_OPERATION_NOT_SUPPORTED", "VDI_TOO_LARGE", "LICENCE_RESTRICTION",
+         "RBAC_PERMISSION_DENIED")
+
+
 class XapiError(BackupError):
     """A failure that XAPI reported: `code` and `params` as in its ErrorDescription."""
 
@@ -156,6 +180,7 @@ class XapiError(BackupError):
         if self.code == "RBAC_PERMISSION_DENIED" and hidden:
             self.code = hidden.group(1)
         self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
+        self.final = self.code in FINAL
         text = " ".join([self.code] + [item for item in self.params if item])
         advice = ADVICE.get(self.code)
         if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
@@ -181,12 +206,21 @@ def describe(error):
 
 
 def reason_of(error):
-    """The same for what ends a VM's backup or a run; a programming error names its place."""
-    if isinstance(error, (BackupError, OSError)):
+    """The same for what ends a VM's backup or a run; a programming error names its place here."""
+    if isinstance(error, (BackupError, OSError, Interrupted)):
         return describe(error)
-    line = traceback.extract_tb(error.__traceback__)[-1].lineno
-    return "internal error, please report it: %s at line %d: %s" % (
-        type(error).__name__, line, describe(error))
+    here = [at.lineno for at in traceback.extract_tb(error.__traceback__)
+            if at.filename == __file__]
+    return "internal error, please report it: %s at line %s of vmbackup.py: %s" % (
+        type(error).__name__, here[-1] if here else "?", describe(error))
+
+
+def debug(error, log):
+    """Logs where an error came from, if the environment has VMBACKUP_DEBUG=1."""
+    if os.environ.get("VMBACKUP_DEBUG") == "1":
+        for text in traceback.format_exception(type(error), error, error.__traceback__):
+            for line in text.rstrip().split("\n"):  # a session's reference is worth a password
+                log("DEBUG %s" % re.sub(r"(OpaqueRef(:|%3A))[\w-]+", r"\1...", line))
 
 
 def from_argv(arg):
@@ -215,11 +249,59 @@ def printable(text):
 
 def size_text(size):
     """1610612736 -> '1.5 GiB'."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return "%.*f %s" % (0 if unit == "bytes" else 1, size, unit)
-        size /= 1024.0
-    return "%.1f TiB" % size
+    if size < 1024:
+        return plural(size, "byte")
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    while size >= 1023.5 and units:
+        size, unit = size / 1024.0, units.pop(0)
+    return "%.*f %s" % (1 if size < 100 else 0, size, unit)
+
+
+def time_text(seconds):
+    """The two largest units of a time: '45 s', '5 min 10 s', '18 h 46 min', '3 d 2 h'."""
+    seconds = int(max(seconds, 0))
+    for unit, name, part, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"),
+                                    (60, "min", 1, "s")):
+        if seconds >= unit:
+            rest = seconds % unit // part
+            return "%d %s%s" % (seconds // unit, name, " %d %s" % (rest, below) if rest else "")
+    return "%d s" % seconds
+
+
+def rate_text(bytes_per_second):
+    """'31 MB/s', and for slow ones '0.4 MB/s'."""
+    rate = bytes_per_second / 1e6
+    return "%.*f MB/s" % (0 if rate >= 10 else 1, rate)
+
+
+def plural(count, noun):
+    """'1 disk', '2 disks'."""
+    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+
+
+def table(rows, width=100, right=()):
+    """Lines of a table. rows: tuples of texts, the heads first; right: numbers of the columns that
+    stand to the right. The last column takes what is left of `width` and is cut with an ellipsis
+    there; a long first column (a VM's name) makes the table wider rather than losing a letter."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+    left = max(width - sum(widths) - 2 * len(widths), 12)
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(size) if number in right else cell.ljust(size)
+                 for number, (cell, size) in enumerate(zip(row, widths))]
+        last = row[-1] if len(row[-1]) <= left else row[-1][: left - 1] + "\u2026"
+        lines.append("  ".join(cells + [last]).rstrip())
+    return lines
+
+
+def status_word(exit_status):
+    """What the status log, mail and report_json call a run that ended so."""
+    return {0: "SUCCESS", 1: "WARNING"}.get(exit_status, "ERROR")
+
+
+def short_host_name():
+    return socket.gethostname().split(".")[0]
 
 
 # ============================== settings ==============================
@@ -227,10 +309,30 @@ def size_text(size):
 Setting = collections.namedtuple("Setting", "name default parse about")
 Rule = collections.namedtuple("Rule", "key value name keep simple")  # a line that selects VMs
 Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: host = socket path
+Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
 
-def _choice(*values):
+def read_small(name, dir_fd=None, limit=MIB, part=False):
+    """The bytes of a small file; part: only its first `limit` bytes, however large it is. With
+    dir_fd no link is followed. BackupError (never a wait) for what is no regular file, or larger
+    than `limit`; OSError for what cannot be read."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
+    fd = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise BackupError("%s is no regular file" % name)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(limit if part else limit + 1)
+    finally:
+        os.close(fd)
+    if len(data) > limit:
+        raise BackupError("%s is larger than %s" % (name, size_text(limit)))
+    return data
+
+
+def _choice(*values, **others):
     table = {str(value).lower(): value for value in values}
+    table.update(others)
     return lambda text: table[text.lower()]
 
 
@@ -249,6 +351,12 @@ def _several(parse):
 
 def _file(text):
     return native(text) or None
+
+
+def _metrics_file(text):
+    if not text.endswith(".prom"):
+        raise ValueError
+    return native(text)
 
 
 def _fingerprint(text):
@@ -280,6 +388,19 @@ def parse_time(name, pattern):
     return moment if moment.strftime(pattern) == name else None
 
 
+def _host_and_port(text):
+    """(host, port or None) of `host`, `host:port`, `[v6]:port` or a bare v6 address."""
+    url = urllib.parse.urlsplit("//" + (
+        "[%s]" % text if text.count(":") > 1 and not text.startswith("[") else text))
+    host = url.hostname
+    if not host or url.username or url.path.strip("/") or url.query or url.fragment:
+        raise ValueError
+    if not re.match(r"[\w.:%-]+\Z", host) or url.port == 0:
+        raise ValueError
+    host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
+    return host, url.port
+
+
 def parse_host(text):
     """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket.
 
@@ -289,18 +410,10 @@ def parse_host(text):
         return Address("unix", native(text), 0)
     scheme, separator, rest = text.partition("://")
     scheme, rest = (scheme.lower(), rest) if separator else ("https", text)
-    if rest.count(":") > 1 and not rest.startswith("["):
-        rest = "[%s]" % rest
-    url = urllib.parse.urlsplit("//" + rest)
-    host = url.hostname
-    if scheme not in ("http", "https") or not host or url.username or url.path.strip("/"):
+    host, port = _host_and_port(rest)
+    if scheme not in ("http", "https") or (scheme == "http" and not is_loopback(host)):
         raise ValueError
-    if not re.match(r"[\w.:%-]+\Z", host) or url.query or url.fragment or url.port == 0:
-        raise ValueError
-    host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
-    if scheme == "http" and not is_loopback(host):
-        raise ValueError
-    return Address(scheme, host, url.port or (443 if scheme == "https" else 80))
+    return Address(scheme, host, port or (443 if scheme == "https" else 80))
 
 
 def is_loopback(host):
@@ -309,14 +422,21 @@ def is_loopback(host):
 
 
 _flag = _choice(True, False)
+_count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
     ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
-    ("status_log", "/snapshots/NAUbackup/status.log", _file, "log for monitors, a line per event"),
+    ("status_log", "/snapshots/NAUbackup/status.log", _file,
+     "log for monitors, a line per event, of runs with a config file; empty: none"),
     ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
+    ("keep_daily", "0", _count, "keep the newest backup of each of the last N days, too (days that"
+     " have one; the keep_ settings and max_backups only add to each other): 0 or more"),
+    ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
+    ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
+    ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
     ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
-    ("compress", "False", _choice("False", "True", "gzip", "zstd"),
-     "compression of a vm-export by the host: False, True or gzip, zstd"),
+    ("compress", "False", _choice("False", "True", "gzip", "zstd", none="False"),
+     "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
     ("host", "localhost", _several(parse_host),
@@ -328,31 +448,44 @@ SETTINGS = [Setting(*row) for row in (
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
     ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
+    ("rate_limit", "0", _count, "MB/s for all exports together, or a restore; 0: no limit"),
+    ("retries", "0", _count, "how often a failed VM is tried again after all others: 0 or more"),
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
+    ("require_mount", "False", _flag,
+     "True: no run where backup_dir lies on the file system of / (a share not mounted); False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
      "name of a backup's folder: strftime, at least year, month and day, no slash"),
-    ("mail_to", "", _several(str), "mail is sent when mail_to, mail_from and smtp_server are set"),
+    ("mail_to", "", _several(str), "receivers of the mail that is sent when mail_to, mail_from and"
+     " smtp_server are set; several by commas"),
     ("mail_from", "", str, "sender of the mail"),
-    ("smtp_server", "", str, "mail server"),
+    ("smtp_server", "", _host_and_port, "mail server: a name, an address, or host:port"),
     ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
     ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
     ("smtp_user", "", str, "login at the mail server"),
     ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
+    ("smtp_ca", "", _file, "PEM file of the CA that signed the mail server's certificate"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
     ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
+    ("metrics_file", "", _metrics_file,
+     "a file *.prom for node_exporter's textfile collector, replaced at the end of every run"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
 
 
 class Settings(types.SimpleNamespace):
-    """All settings as attributes, `rules` (the VM selectors in order), `warnings` that count as the
-    run's, and `notes` that do not."""
+    """All settings as attributes, `rules` (the VM selectors in order), `only` (those of only=),
+    `warnings` that count as the run's, and `notes` that do not."""
 
     def __init__(self):
-        super().__init__(rules=[], warnings=[], notes=[], config_file=None, password_file=None)
+        super().__init__(rules=[], only=[], warnings=[], notes=[], config_file=None)
         for item in SETTINGS:
             setattr(self, item.name, item.parse(item.default) if item.default else None)
+
+    def policy(self, keep=None):
+        """The Policy of a VM; keep: its selector's own `:N`."""
+        return Policy(keep or self.max_backups, self.keep_daily, self.keep_weekly,
+                      self.keep_monthly, self.keep_yearly)
 
 
 def read_config(data, source):
@@ -378,85 +511,122 @@ def read_config(data, source):
     return pairs
 
 
+def load_config(path):
+    """read_config of the file. Raises ConfigError, with no word of the file's where none of its
+    lines begins with a setting's name: it may be a password file."""
+    try:
+        pairs = read_config(read_small(path, limit=MIB + 1, part=True), path)
+    except (OSError, BackupError) as error:
+        text = describe(error)
+        raise ConfigError(text if "ERROR" in text else "ERROR - cannot read %s" % text) from None
+    if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
+        raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
+                          " a setting (for a VM of that name: vm-export=NAME)" % path)
+    return pairs
+
+
 def is_simple(name):
     """True for a name of letters and digits of any script, space, '-' and '_' only."""
     return all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
 
 
 def make_rule(key, value):
-    """The Rule of one vm-export=, vdi-export= or exclude= value; `:N` is read only from its end."""
+    """The Rule of one selector's value; `:N` is read only from its end (not exclude's, only's)."""
     name, keep = value, None
-    match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL) if key != "exclude" else None
-    if match:
+    match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL)
+    if match and key in ("vm-export", "vdi-export"):
         name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # A simple name that is empty would match no VM: an empty vm-export= means all of them.
-    rule = Rule(key, value, name, keep, bool(name) and is_simple(name))
-    if not rule.simple:
-        compile_rule(rule)
-    return rule
-
-
-def compile_rule(rule):
-    """The compiled regular expression of a Rule; ConfigError with upstream's text if it is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return re.compile(rule.name)
-    except (re.error, ValueError, OverflowError, RecursionError):
-        raise ConfigError("***ERROR - invalid regex: %s=%s" % (rule.key, rule.value)) from None
+    return Rule(key, value, name, keep, bool(name) and is_simple(name))
 
 
 def make_settings(config, words):
     """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)].
 
-    Raises ConfigError with a line for each mistake: unknown name, value not allowed, bad regex.
+    Raises ConfigError with a line for each mistake: unknown name, value not allowed.
     """
     settings, mistakes, seen = Settings(), [], set()
     extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
     ignore = bool(extra) and str(extra[-1]).lower() == "true"
     for number, (key, value, where) in enumerate(config + words):
+        in_file = number < len(config)
         try:
-            if ignore and number < len(config) and key not in KNOWN and key not in RULE_KEYS:
+            if ignore and in_file and key not in KNOWN and key not in RULE_KEYS:
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
-                rule = make_rule(key, value)
-                if rule.name or key == "vm-export":
-                    settings.rules.append(rule)
+                if value or key == "vm-export":
+                    settings.rules.append(make_rule(key, value))
                 else:
                     settings.warnings.append("***WARNING - empty %s= is passed over" % key)
+            elif key == "only" and value and not in_file:
+                settings.only.append(make_rule(key, value))
             else:
-                setattr(settings, key, _parse_setting(key, value, where))
-                if key in seen and number < len(config):
+                parsed = _parse_setting(key, value, where)
+                if key == "smtp_server" and parsed:
+                    parsed, settings.smtp_port = parsed[0], parsed[1] or settings.smtp_port
+                setattr(settings, key, parsed)
+                if key in seen and in_file:
                     settings.warnings.append("***WARNING - %s: %s is given twice, the last one"
                                              " counts" % (where, key))
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
-    server = settings.smtp_server or ""
-    safe = settings.smtp_starttls or settings.smtp_port == 465 or is_loopback(server)
-    if settings.smtp_user and not safe:
-        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
-    if settings.smtp_user and not settings.smtp_password_file:
-        mistakes.append("ERROR - smtp_user needs smtp_password_file")
+    mistakes += _mail_mistakes(settings) if not mistakes else []
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return settings
+
+
+def _mail_mistakes(settings):
+    user, mistakes, absent = settings.smtp_user, [], [
+        key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+    safe = settings.smtp_starttls or settings.smtp_port == 465
+    if user and not safe and not is_loopback(settings.smtp_server or ""):
+        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
+    if user and not settings.smtp_password_file:
+        mistakes.append("ERROR - smtp_user needs smtp_password_file")
+    if not mistakes and len(absent) in (1, 2):
+        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
+    return mistakes
+
+
+def similar(word, names):
+    """The one of `names` that is spelled most like `word`, or ''."""
+    import difflib
+
+    return "".join(difflib.get_close_matches(word.lower(), names, 1, 0.7))
+
+
+def allowed(word, names):
+    """The end of a message about a word that is none of `names`: the one spelled alike, or all."""
+    near = similar(word, names)
+    return "did you mean %s?" % near if near else "allowed are " + ", ".join(names)
+
+
+def meant(value):
+    """What a value that fits nothing probably means, as the end of a message; or ''."""
+    if " #" in value:
+        return " (a comment stands on a line of its own, not behind a value)"
+    if re.match(r"[\"'].*[\"'](:[0-9]+)?\Z", value):
+        return " (leave the quotes out, or put them around all of the value, its :N too)"
+    if re.search("[,;]", value):
+        return " (one name or expression a line, or joined by |: web|db)"
+    if re.match(r"[\w .*?-]+\Z", value) and re.search(r"(^|[^.])\*", value):
+        wild = value.replace(".", "\\.").replace("?", ".").replace("*", ".*")
+        return " (a shell pattern? Here any characters are .* and this is written %s)" % wild
+    return ""
 
 
 def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        import difflib
-
-        names = list(RULE_KEYS) + list(KNOWN)
-        near = "".join(" (%s?)" % name for name in difflib.get_close_matches(key, names, 1))
-        raise ConfigError("ERROR - %s: unknown setting %s%s, allowed are %s"
-                          % (where, key, near, ", ".join(names)))
+        raise ConfigError("ERROR - %s: unknown setting %s, %s"
+                          % (where, key, allowed(key, list(KNOWN) + list(RULE_KEYS))))
     setting = KNOWN[key]
-    if not value and not setting.default:
+    if not value and (not setting.default or key == "status_log"):
         return None
     try:
         parsed = setting.parse(value)
@@ -464,79 +634,254 @@ def _parse_setting(key, value, where):
             raise ValueError
         return parsed
     except (ValueError, KeyError):
-        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s"
-                          % (where, key, value, setting.about)) from None
+        hint = meant(value) if " #" in value else ""
+        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s"
+                          % (where, key, value, setting.about, hint)) from None
+
+
+# ============================== password and hosts ==============================
+#
+# No message here shows the first argument: it may be the password, or by mistake something else's.
+
+
+@contextlib.contextmanager
+def no_echo(stream):
+    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
+    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
+    if stream is None or not stream.isatty():
+        yield
+        return
+    fd = stream.fileno()
+    before = termios.tcgetattr(fd)
+    hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+    termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
+    try:
+        print("Password: ", end="", file=sys.stderr, flush=True)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+        print(file=sys.stderr, flush=True)
+
+
+def read_password_file(path, plain=False):
+    """The password in a file made by create-password-file, or by `base64`, without one line break
+    at its end; plain: or else the file's text. Raises ConfigError."""
+    try:
+        data = read_small(path).strip()
+    except (OSError, BackupError) as error:
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+    try:
+        text = base64.b64decode(b"".join(data.split()) or b"-", validate=True).decode("utf-8")
+        return re.sub(r"\r?\n\Z", "", text)
+    except ValueError:  # an empty file is none either
+        if plain:
+            return data.decode("utf-8", "replace")
+        raise ConfigError("ERROR - %s is a file, but no password file: see create-password-file"
+                          % path) from None
+
+
+def read_password(word, literal=False):
+    """The password that the first argument stands for. literal: whatever file has that name."""
+    if word == "-":
+        with no_echo(sys.stdin):
+            line = sys.stdin.buffer.readline(MIB) if sys.stdin else b""
+        if not line:
+            raise ConfigError("ERROR - no password was given on standard input")
+        word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    elif os.path.isfile(native(word)) and not literal:
+        try:
+            return read_password_file(native(word))
+        except ConfigError:
+            raise ConfigError("ERROR - the first argument names a file, but no password file: make"
+                              " one with create-password-file (a password that is also the name of"
+                              " a file goes into one, or through -)") from None
+    elif word.startswith(("/", "./", "~/")) and not literal:
+        raise ConfigError("ERROR - there is no such password file (a password that begins so goes"
+                          " into one by create-password-file, or through -)")
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError("ERROR - the password is not UTF-8 text") from None
+    return word
+
+
+def credentials(settings, word):
+    """(user name, password) of the first argument; the socket asks for neither."""
+    return ("root", "") if word == "local" else (settings.username, read_password(word))
+
+
+def make_hosts(settings, local):
+    """The Addresses of host=. Raises ConfigError where it does not go with the password."""
+    addresses = settings.host
+    if local and addresses == KNOWN["host"].parse("localhost"):
+        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
+    if any(local != (address.scheme == "unix") for address in addresses):
+        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
+    return addresses
 
 
 # ============================== selection ==============================
 
 # One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
 Choice = collections.namedtuple("Choice", "kind name refs keep rule")
-Selection = collections.namedtuple("Selection", "choices excluded left unknown_excludes unmatched")
-REGEX_TIMEOUT = 20  # seconds that all regular expressions together may take
+Selection = collections.namedtuple(
+    "Selection", "choices excluded left unknown_excludes unmatched notes")
 
 
-def select(rules, names):
+def select(rules, names, only=()):
     """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
 
-    names: {name: [ref, ...]} of all candidates. Simple names come first, regular expressions do
-    not replace them, among equals the last definition counts, exclude wins, and what vdi-export
-    chose is not vm-exported. Pure; a regular expression may take long (see time_limit).
+    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Simple
+    names come first, regular expressions do not replace them, among equals the last definition
+    counts, exclude wins, and what vdi-export chose is not vm-exported. Pure. Raises ConfigError;
+    an expression of exponential time may take for ever.
     """
-
-    def matching(rule):
-        if rule.simple:
-            return [rule.name] if rule.name in names else []
-        match = compile_rule(rule).match
-        return [name for name in sorted(names) if match(name)]
-
-    found = [(rule, matching(rule)) for rule in rules if rule.key == "exclude" or not rule.simple]
+    every, mistakes, found = sorted(names), [], []
+    for rule in rules:
+        try:
+            found.append((rule, _matching(rule, every, names)))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     excludes = [(rule, hits) for rule, hits in found if rule.key == "exclude"]
-    excluded = list(dict.fromkeys(name for _, hits in excludes for name in hits))
-    unknown = [rule.value for rule, hits in excludes if not hits]
-    unmatched = ["%s=%s" % rule[:2] for rule, hits in found if rule.key != "exclude" and not hits]
-    hidden, choices = set(excluded), []
+    owners = {name: rule for rule, hits in excludes for name in hits}  # who decided of each VM
+    choices, excluded = [], list(owners)
     for kind in ("vdi-export", "vm-export"):
         chosen = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
-        by_regex = {name: rule for rule, hits in found if rule.key == kind for name in hits}
-        for name, rule in by_regex.items():
+        by_regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
+                    for name in hits}
+        for name, rule in list(by_regex.items()):
             chosen.setdefault(name, rule)
         for name, rule in chosen.items():
-            if name not in hidden:
+            if name not in owners:
+                owners[name] = rule
                 choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-        hidden.update(chosen)
     taken = {choice.name for choice in choices}
-    left = sorted(name for name in names if name not in taken)
-    return Selection(choices, excluded, left, unknown, unmatched)
+    lost = [(rule, hits) for rule, hits in found if not hits]
+    if only:
+        chosen = {choice.name: choice.refs for choice in choices}
+        wanted = [(rule, _matching(rule, sorted(chosen), chosen)) for rule in only]
+        kept = {name for _, hits in wanted for name in hits}
+        choices = [choice for choice in choices if choice.name in kept]
+        lost += [(rule, hits) for rule, hits in wanted if not hits]
+        if not choices:
+            raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
+                _unmatched(rule, sorted(chosen)) for rule in only))
+    return Selection(
+        choices, excluded, [name for name in every if name not in taken],
+        [rule.value for rule, _ in lost if rule.key == "exclude"],
+        [_unmatched(rule, every) for rule, _ in lost
+         if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
+        _notes(found, owners, every))
 
 
-@contextlib.contextmanager
-def time_limit(seconds, message):
-    """Ends what runs inside after `seconds` with ConfigError(message): the re module looks for
-    signals while it matches (sre_lib.h), so a timer stops an expression of exponential time."""
+def _unmatched(rule, names):
+    hint = (not rule.simple and meant(rule.name)) or _perhaps(rule.name, names)
+    return "%s=%s%s" % (rule.key, rule.value, hint)
 
-    def ring(_signum, _frame):
-        raise ConfigError(message)
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _matching(rule, every, names):
+    """The names that a Rule matches; one that is exactly its value is always meant, too."""
+    if rule.simple:
+        return [rule.name] if rule.name in names else []
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            match = re.compile(rule.name).match
+    except (re.error, ValueError, OverflowError, RecursionError):
+        if rule.name in names:
+            return [rule.name]
+        raise ConfigError("***ERROR - invalid regex: %s=%s%s"
+                          % (rule.key, rule.value, meant(rule.name))) from None
+    return [name for name in every if name == rule.name or match(name)]
 
 
-# ============================== names and retention ==============================
+def _notes(found, owners, every):
+    """Lines about rules that do something else than was perhaps meant."""
+    notes, decided = [], {id(rule) for rule in owners.values()}
+    for rule, hits in found:
+        text = "NOTE - %s=%s: " % rule[:2]
+        if not hits:
+            hint = meant(rule.name) if rule.key == "exclude" and not rule.simple else ""
+            hint = hint or (_perhaps(rule.name, every) if rule.simple else "")
+            notes += [text + "no VM bears this name" + hint] if hint else []
+        elif id(rule) not in decided and rule.key != "exclude":
+            by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
+            more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
+            notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
+        if hits and not rule.simple and rule.name in hits:
+            others = [name for name in hits if name != rule.name]
+            notes.append("%sthe VM of just this name is meant; it is no simple name but a regular"
+                         " expression, it may match others too%s"
+                         % (text, ": " + ", ".join(others[:5]) if others else ""))
+    return notes
 
-# A folder of a VM. created: seconds since 1970, or None if its name is in no known pattern.
-Folder = collections.namedtuple("Folder", "name created marker partial")
-EXPORT = re.compile(r"(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
+
+def _perhaps(name, names):
+    near = nearest(name, names)
+    return ' (perhaps "%s" is meant)' % near if near else ""
+
+
+def nearest(name, names):
+    """The one of `names` that differs from `name` only in case or by a letter, or ''."""
+    mine = _plain(name)
+    near = [(_plain(other) != mine, re.sub(r"\d", "", other) == re.sub(r"\d", "", name), other)
+            for other in names if other != name and _one_letter_apart(mine, _plain(other))]
+    return min(near)[2] if near else ""
+
+
+def _plain(name):
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _one_letter_apart(one, two):
+    """True where one letter is too much, missing, another, or swapped with the next; or none."""
+    if abs(len(one) - len(two)) > 1:
+        return False
+    start = len(os.path.commonprefix([one, two]))
+    one, two = one[start:], two[start:]
+    return one[1:] == two[1:] or one[1:] == two or one == two[1:] or (
+        one[:2] == two[1::-1] and one[2:] == two[2:])
+
+
+# ============================== names, folders and retention ==============================
+#
+# remove_folder is the one place that deletes backups on disk. kept() alone says which stay.
+
+
+class Folder(NamedTuple):
+    """What scan found of a folder in a VM's folder."""
+
+    name: str
+    created: Any = None  # seconds since 1970; None: no known pattern fits the name: nobody's
+    marker: Any = None  # the name of a regular file; without one it is no backup
+    unfinished: bool = False  # no marker, and empty or with something *.partial
+    pinned: bool = False
+    export: Any = None  # its file name
+    size: int = 0  # of the export; 0: none
+    uuid: str = ""  # orig_uuid of vm.cfg
+    date: Any = None  # what the name tells: local
+    error: str = ""  # why it cannot be read
+    foreign: Any = None  # the first name that is not ours (foreign_entry looks closer)
+
+
+EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
 OWN_FILES = re.compile(
-    r"(vm-metadata\.xml|vm\.cfg|SHA256SUMS|"
+    r"(vm-metadata\.xml|vm\.cfg|RESTORE\.txt|SHA256SUMS|keep|"
     r"success|success_(restore|compress|compressing)|unfinished\.partial|"
     r"DISK-[^/]*/(vbd|vdi)\.cfg|VIFs/vif-[^/]*\.cfg)\Z", re.DOTALL)
 OWN_FOLDERS = re.compile(r"(DISK-[^/]*|VIFs)\Z", re.DOTALL)
+# What file servers and desktops strew about, as a path below a backup's folder; that of a folder
+# ends in "/". Not recycle bins nor snapshots (#recycle, @Recycle, .snapshot): these are users'.
+STREWN = re.compile(
+    r"(.*/)?(\.DS_Store\Z|\.apdisk\Z|\.localized\Z|\._[^/]+\Z|(?i:thumbs\.db\Z|ehthumbs\.db\Z|"
+    r"ehthumbs_vista\.db\Z|desktop\.ini\Z)|\.nfs[^/]+\Z|\.__?smb[^/]+\Z|"
+    r"\.smbdelete[^/]+\Z|\.fuse_hidden[^/]+\Z|(@eaDir|@SynoEAStream|@SynoResource|\.@__thumb|"
+    r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
+DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
+PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
+           ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
 
 
 def folder_name(name):
@@ -555,159 +900,333 @@ def folder_name(name):
     return escaped or "%"
 
 
+def vm_name(folder):
+    """The VM's name that a folder's name on disk tells: folder_name undone (a cut one stays)."""
+    text = "" if folder == "%" else from_argv(folder)
+    data = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes.fromhex(match.group(1).decode()),
+                  utf8(text))
+    with contextlib.suppress(UnicodeDecodeError):  # 3.25 wrote a % as it is
+        text = data.decode("utf-8", "surrogatepass")
+    return text
+
+
+def open_folder(name, dir_fd=None):
+    """A descriptor of a folder. Only where the user named it (dir_fd None) may it be a link."""
+    link = 0 if dir_fd is None else os.O_NOFOLLOW
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | link, dir_fd=dir_fd)
+
+
+@contextlib.contextmanager
+def opened(name, dir_fd=None):
+    fd = open_folder(name, dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_cfg(name, dir_fd):
+    """{key: value} of a .cfg file of a backup, line breaks and backslashes in their own form."""
+    pairs = {}
+    for line in read_small(name, dir_fd, 65536).decode("utf-8", "replace").split("\n"):
+        key, _, value = line.partition("=")
+        pairs[key] = value if "\\" not in value else re.sub(
+            r"\\([nr\\])", lambda match: {"n": "\n", "r": "\r"}.get(match.group(1), "\\"), value)
+    return pairs
+
+
+def scan(vm_fd, patterns, vm=None):
+    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out.
+
+    patterns: of folder names, for strptime; None: any folder that our marker dates will do. vm: the
+    name of the VM's folder on disk, which exports have to bear (None: any). Raises OSError if the
+    VM's folder itself cannot be read."""
+    found = []
+    for name in os.listdir(vm_fd):
+        text = from_argv(name)
+        moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
+        moment, dated = next(filter(None, moments), None), Folder(name)
+        if moment:
+            with contextlib.suppress(OSError, OverflowError, ValueError):
+                dated = Folder(name, moment.timestamp(), date=moment.date())
+        look = dated.created is not None or patterns is None
+        try:
+            with opened(name, vm_fd) as fd:
+                item = _look(fd, dated, vm) if look else dated
+                found.append(item if item.created is not None else dated)
+        except OSError as error:
+            gone = (errno.ENOTDIR, errno.ELOOP, errno.ENOENT)  # no folder, or pruned meanwhile
+            if error.errno not in gone:
+                found.append(dated._replace(error=describe(error) if look else ""))
+    return found
+
+
+def _look(fd, dated, vm):
+    """The whole Folder: its descriptor, and what its name tells."""
+    inside, created, uuid, size = os.listdir(fd), dated.created, "", 0
+    marker, text = _marker(fd, inside)
+    told = re.match(rb"created=([0-9]{1,11})\n", text)
+    if told:  # the moment in UTC: right through changes of the clock and of the zone
+        created = float(told.group(1))
+    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
+                 default=None)
+    with contextlib.suppress(OSError):
+        there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
+        size = there.st_size if stat.S_ISREG(there.st_mode) else 0
+    if "vm.cfg" in inside:
+        with contextlib.suppress(OSError, BackupError):
+            uuid = read_cfg("vm.cfg", fd).get("orig_uuid", "")
+    more = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
+    strewn = {name for name in more if STREWN.match(name) or STREWN.match(name + "/")}
+    foreign = [name for name in more if name not in strewn and not _may_lie(name, vm)]
+    begun = any(name.endswith(".partial") for name in inside if name not in strewn)
+    pinned = "keep" in inside
+    unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
+    return Folder(dated.name, created, marker, unfinished, pinned, export, size, uuid, dated.date,
+                  "", min(foreign, default=None))
+
+
+def _marker(fd, inside):
+    """(name of the marker or None, what it says)."""
+    for name in MARKERS:
+        if name in inside:
+            try:
+                return name, read_small(name, fd, 4096)
+            except (OSError, BackupError):
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISREG(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                        return name, b""
+    return None, b""
+
+
+# --- retention: pure ---
+
+
 def backups(folders):
-    """The folders that are backups: with a marker and a known date, oldest first. Pure."""
+    """The folders that are backups: with a marker and a known date, oldest first."""
     good = [item for item in folders if item.marker and item.created is not None]
     return sorted(good, key=lambda item: (item.created, item.name))
 
 
-def expired(folders, keep, newest=None):
-    """Names of the backups beyond the `keep` newest, oldest first. Pure.
-
-    `newest` (the one just made) is the newest whatever the clock says; one always stays.
-    """
-    good = sorted(backups(folders), key=lambda item: item.name == newest)
-    return [item.name for item in good[: -max(keep, 1)]]
+def whole(folder):
+    """Whether a Folder is a backup that has an export: no more than a look can tell."""
+    return bool(folder.marker and folder.created is not None and folder.export and folder.size > 0)
 
 
-def read_start(path, size):
-    """The first bytes of a file, none if there is no such file."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(size)
-    return b""
+def kept(folders, policy, newest=None, uuid="", pre_clean=False):
+    """{name: [reason, ...]} of the backups that stay, oldest first.
+
+    newest: name of the backup just made, the newest whatever the clock says. uuid: that of the
+    present VM ("": of the newest backup that tells one). pre_clean: one more is about to be made,
+    so the last are one fewer. Each rule looks at all backups for itself: pruning night after night
+    leaves what one pruning of all would. Days are those of the folders' names."""
+    order = [item for item in backups(folders) if not item.pinned]
+    order = sorted(order, key=lambda item: item.name == newest)[::-1]
+    why = {item.name: ["pinned"] if item.pinned else [] for item in backups(folders)}
+    last = max(policy.last - bool(pre_clean), 1)
+    for item in order[:last]:
+        why[item.name].append("last %d" % last)
+    for rule, period in PERIODS:
+        found = {}
+        for item in order:
+            key = period(_date(item))
+            if key in found:
+                hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
+                found[key] = item if hollow else found[key]
+            elif len(found) < getattr(policy, rule):
+                found[key] = item
+        for item in found.values():
+            why[item.name].append(rule)
+    present, owners = uuid or next((item.uuid for item in order if item.uuid), ""), {}
+    for item in order:
+        if whole(item):
+            owners.setdefault(item.uuid or present, item)
+    for number, (owner, item) in enumerate(list(owners.items())[: max(policy.last, 1)]):
+        why[item.name] += ["newest whole"] if owner == present or not number else []
+        why[item.name] += ["another VM's"] if owner != present else []
+    return {name: reasons for name, reasons in why.items() if reasons}
 
 
-def list_folders(path, patterns):
-    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out."""
-    found = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                continue
-            moment = next(filter(None, (parse_time(entry.name, p) for p in patterns)), None)
-            created, marker, partial = None, None, False
-            if moment:
-                inside = os.listdir(entry.path)
-                marker = next((name for name in MARKERS if name in inside), None)
-                partial = not inside or any(name.endswith(".partial") for name in inside)
-                with contextlib.suppress(OSError, OverflowError, ValueError, AttributeError):
-                    created = moment.timestamp()
-                    if marker:  # our marker tells the moment in UTC: right through DST and TZ
-                        start = read_start(os.path.join(entry.path, marker), 64)
-                        created = float(re.match(rb"created=([0-9]{1,15})\n", start).group(1))
-            found.append(Folder(entry.name, created, marker, partial))
+def expired(folders, policy, newest=None, uuid="", pre_clean=False):
+    """Names of the backups that nothing keeps, oldest first."""
+    stay = kept(folders, policy, newest, uuid, pre_clean)
+    return [item.name for item in backups(folders) if item.name not in stay]
+
+
+def _date(item):
+    with contextlib.suppress(OverflowError, ValueError, OSError):
+        return item.date or datetime.date.fromtimestamp(item.created)
+    return datetime.date.today()  # `created` is infinite: one that is yet to be made
+
+
+# --- deletion ---
+
+
+def _may_lie(path, vm):
+    """Whether a file of this path may lie in a backup's folder. An export bears the name of the
+    VM's folder: anything else.raw may be what a user unpacked."""
+    export = EXPORT.match(path[:-8] if path.endswith(".partial") else path)
+    if export:
+        return vm is None or _form(vm) == _form(export.group(1))
+    return bool(OWN_FILES.match(path) or STREWN.match(path))
+
+
+def _form(name):
+    return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
+
+
+def _walk(fd, vm, foreign, above=""):
+    """[(name, the same list of what is in it: None for a file)]; the paths of what is not ours go
+    into `foreign`. Links, devices, other file systems and deep nests never are."""
+    found, device = [], os.fstat(fd).st_dev
+    for name in sorted(os.listdir(fd)):
+        path, there = above + name, os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if not stat.S_ISDIR(there.st_mode):
+            ours, inner = stat.S_ISREG(there.st_mode) and _may_lie(path, vm), None
+        else:
+            ours, inner = OWN_FOLDERS.match(path) or STREWN.match(path + "/"), []
+            ours = ours and there.st_dev == device and path.count("/") < DEEPEST
+            if ours:
+                with opened(name, fd) as inside:
+                    inner = _walk(inside, vm, foreign, path + "/")
+        if not ours:
+            foreign.append(path)
+        found.append((name, inner))
     return found
 
 
-def foreign_entry(folder):
-    """The first thing in a backup's folder that no version of this program wrote, or None. An
-    export bears the name of the VM's folder: anything else.raw may be what a user unpacked."""
-    vm = os.path.basename(os.path.dirname(folder))
-
-    def refuse(error):
-        raise error
-
-    for base, names, files in os.walk(folder, onerror=refuse):
-        for name in sorted(names + files):
-            path = os.path.join(base, name)
-            inside = os.path.relpath(path, folder)
-            export = EXPORT.match(re.sub(r"\.partial\Z", "", inside))
-            pattern = OWN_FOLDERS if os.path.isdir(path) else OWN_FILES
-            ours = export.group(1) == vm if export else pattern.match(inside)
-            if os.path.islink(path) or not ours:
-                return inside
-    return None
+def foreign_entry(fd, vm):
+    """The first thing in a backup's folder that no version of this program wrote and that nobody
+    strewed, as a path below it, or None. vm: name of the VM's folder on disk. Raises OSError."""
+    foreign = []
+    _walk(fd, vm, foreign)
+    return foreign[0] if foreign else None
 
 
-def remove_folder(folder):
-    """Deletes a backup's folder. Its marker becomes UNFINISHED first and *.partial goes last, so a
-    deletion that is cut short leaves what the next run knows as unfinished, never as a backup.
+def remove_folder(vm_fd, name, vm):
+    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk).
 
-    Raises BackupError, with nothing deleted, if it is a link or anything foreign is in it.
-    """
-    if os.path.islink(folder):
-        raise BackupError("%s is a symbolic link: left alone" % folder)
-    foreign = foreign_entry(folder)
-    if foreign:
-        raise BackupError("%s is left alone: it holds %s, which is not ours" % (folder, foreign))
-    for marker in MARKERS:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(os.path.join(folder, marker), os.path.join(folder, UNFINISHED))
-    for name in sorted(os.listdir(folder), key=lambda name: name.endswith(".partial")):
-        path = os.path.join(folder, name)
-        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    os.rmdir(folder)
-
-
-# ============================== the archive checker ==============================
-#
-# A checker is fed the export's bytes in pieces of any size: feed(view) raises ArchiveError as soon
-# as the bytes cannot be a whole export, finish() raises it if they ended too early and returns what
-# was proved, as a list of phrases for log and report. Nothing here touches network or disk.
+    Its marker becomes UNFINISHED first, which goes last: a deletion that is cut short leaves what
+    the next run knows as unfinished, never as a backup. The export goes first of the rest; where
+    that fails, the marker comes back and nothing is lost. Only what was judged is deleted. Raises
+    BackupError, with nothing changed, if it is a link, pinned, or anything foreign is in it."""
+    try:
+        fd = open_folder(name, vm_fd)
+    except NotADirectoryError:
+        raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
+    try:
+        foreign = []
+        tree = _walk(fd, vm, foreign)
+        why = ["it holds %s, which is not ours" % path for path in foreign]
+        why += ["its file `keep` pins it"] if ("keep", None) in tree else []
+        if why:
+            raise BackupError("%s is left alone: %s" % (name, why[0]))
+        _empty(fd, tree)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=vm_fd)
 
 
-def _error_text(view, otherwise="data after the end of the archive"):
-    """The message for bytes that do not belong there, which may be the HTTP 500 page that xapi
-    appends after a failure."""
-    text = bytes(view[:2048]).decode("utf-8", "replace")
-    if not text.startswith("HTTP/1."):
+def _empty(fd, tree):
+    """Deletes in remove_folder's order what _walk found."""
+    markers = [marker for marker in MARKERS if (marker, None) in tree]
+    for marker in reversed(markers):
+        os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
+    if markers:
+        with contextlib.suppress(OSError):  # some file systems flush no folders
+            os.fsync(fd)
+    try:
+        _delete(fd, [item for item in tree if EXPORT.match(item[0])])
+    except OSError:
+        if markers:
+            os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
+        raise
+    tree = sorted(tree + [(UNFINISHED, None)], key=lambda item: item[0] == UNFINISHED)
+    _delete(fd, sorted(tree, key=lambda item: item[0].endswith(".partial")))
+
+
+def _delete(fd, tree):
+    for name, inner in tree:
+        if inner is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=fd)
+        else:
+            with opened(name, fd) as inside:
+                _delete(inside, inner)
+            os.rmdir(name, dir_fd=fd)
+
+
+# ============================== proofs ==============================
+# A proof reads an export's pieces (memoryviews, each valid until the next is asked for) to the end
+# and returns what it proved, in phrases; one that begins with NOT names what it could not. Bytes
+# that cannot be a whole export raise ArchiveError. Nothing here touches network or disk.
+
+ROUNDING = 2 * MIB  # by so much may a disk come larger than its virtual_size: the host rounds up
+METADATA_LIMIT = 256 * MIB  # bytes of an ova.xml
+DUMP_LIMIT = 4096 * MIB  # bytes of a dump of the pool's database
+
+
+def error_text(view, otherwise="data after the end of the archive"):
+    """The message for bytes that do not belong there: `otherwise`, unless they begin or end with
+    the HTTP 500 page that xapi appends to the body after a failure."""
+    data = bytes(view[:2048]) + bytes(view[-4096:])
+    page = re.search(rb"HTTP/1\.[01] [45][0-9][0-9] .*", data, re.DOTALL)
+    if not page:
         return otherwise
-    reason = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})", text)
-    told = ": " + reason.group(1) if reason else ""
+    reason = re.search(rb"</h1>\s*([A-Z][A-Z0-9_]{3,})", page.group())
+    told = ": " + reason.group(1).decode("ascii") if reason else ""
     return "the host broke off and appended an error page" + told
 
 
-class Checker:
-    """Base of the checkers. _parse() is a generator: it yields a number of bytes and is sent just
-    those, or it yields (number, take), and take(view) gets them piece by piece, uncopied."""
+class Reader:
+    """Takes pieces apart into just so many bytes. at: bytes taken; where: the place, in words."""
 
-    def __init__(self):
-        self._parser = self._parse()
-        self._proceed(None)
+    def __init__(self, pieces, where):
+        self._pieces, self.where, self.at = iter(pieces), where, 0
+        self._piece = self._left = memoryview(b"")
 
-    def _parse(self):
-        raise NotImplementedError
+    def _next(self):
+        piece = next(self._pieces, None)
+        if piece is not None:
+            self._piece = self._left = piece
+        return piece is not None
 
-    def _proceed(self, data):
-        self._want = 0
-        with contextlib.suppress(StopIteration):
-            while not self._want:
-                wanted, self._kept = self._parser.send(data), bytearray()
-                self._want, self._take = (
-                    wanted if isinstance(wanted, tuple) else (wanted, self._kept.extend))
-                data = b""
+    def stream(self, size):
+        """The next `size` bytes as views, each valid until the next."""
+        while size:
+            if not len(self._left) and not self._next():
+                raise ArchiveError(error_text(self._piece, "it is cut off at " + self.where))
+            view, self._left = self._left[:size], self._left[size:]
+            size -= len(view)
+            self.at += len(view)
+            yield view
 
-    def feed(self, data):
-        view = memoryview(data)
-        while len(view):
-            if not self._want:
-                self._after(view)
-                return
-            piece, view = view[: self._want], view[self._want :]
-            self._take(piece)
-            self._want -= len(piece)
-            if not self._want:
-                self._proceed(bytes(self._kept))
+    def take(self, size):
+        data = bytearray()
+        for view in self.stream(size):
+            data += view
+        return bytes(data)
 
-    def _after(self, view):
-        raise ArchiveError(_error_text(view))
+    def skip(self, size):
+        for _ in self.stream(size):
+            pass
 
-    def finish(self):
-        raise NotImplementedError
+    def rest(self):
+        """All that follows, as views."""
+        while len(self._left) or self._next():
+            yield from self.stream(len(self._left))
 
-    def close(self):
-        """Lets go of what the checker holds; harmless when called twice."""
+
+# --- XVA ---
 
 
 def find_xxh64():
     """What makes an XXH64 with hashlib's update() and hexdigest(): from the package xxhash or by
     the system's libxxhash; None where there is neither."""
-    try:
+    with contextlib.suppress(ImportError):
         from xxhash import xxh64
 
         return xxh64
-    except ImportError:
-        pass
     try:
         import ctypes
 
@@ -735,109 +1254,14 @@ def find_xxh64():
     return Xxh64
 
 
-class XvaCheck(Checker):
-    """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
-    filled to its virtual_size, two zero blocks, then nothing but zeros. uuids: the VDIs that have
-    to be in it; without them the archive itself says which disks it holds.
-
-    Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
-    numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
-    chunk is a keep-alive.
-    """
-
-    def __init__(self, uuids=()):
-        self._uuids = uuids
-        self._kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
-        self._name = "the very beginning"
-        self._disks = {}
-        self._chunks = self._hashed = 0
-        super().__init__()
-
-    def _parse(self):
-        name, size = self._member((yield 512))
-        if name != "ova.xml" or not 0 < size <= 256 * MIB:
-            raise ArchiveError("the archive does not begin with ova.xml")
-        self._disks = expected_disks((yield size + -size % 512)[:size], self._uuids)
-        disk, offset, last, unit, done = None, 0, -1, None, []
-        block = yield 512
-        while block.strip(b"\0"):
-            name, size = self._member(block)
-            match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
-            if not match or size > 64 * MIB:
-                raise ArchiveError("unexpected member %r" % name)
-            if match.group(1) != disk:
-                self._filled(disk, offset)
-                disk, offset, last = match.group(1), 0, -1
-                if disk not in self._disks or disk in done or int(match.group(2)):
-                    raise ArchiveError("unexpected member %r" % name)
-                done.append(disk)
-            number, unit = int(match.group(2)), size if unit is None else unit
-            offset += unit * (number - last - 1) + size
-            if number <= last or offset > self._disks[disk]:
-                raise ArchiveError("chunk %s is out of order" % name)
-            last = number
-            yield from self._chunk(name, size)
-            block = yield 512
-        self._filled(disk, offset)
-        missing = [disk for disk, size in self._disks.items() if size and disk not in done]
-        if missing:
-            raise ArchiveError("disk %s is missing" % missing[0])
-        if (yield 512).strip(b"\0"):
-            raise ArchiveError("one zero block only before more data")
-
-    def _chunk(self, name, size):
-        sums = {kind: make() for kind, make in self._kinds.items() if make}
-
-        def take(view):
-            for each in sums.values():
-                each.update(view)
-
-        yield size, take
-        yield -size % 512
-        member, length = self._member((yield 512))
-        kind = member[len(name) :]
-        if name + kind != member or kind not in self._kinds or not 0 < length <= 64:
-            raise ArchiveError("the hash of chunk %s is missing" % name)
-        told = (yield 512)[:length].decode("ascii", "replace").lower()
-        if kind in sums and sums[kind].hexdigest() != told:
-            raise ArchiveError("chunk %s does not match its hash" % name)
-        self._kinds = {kind: self._kinds[kind]}  # only of the first chunk are both sums needed
-        self._chunks += 1
-        self._hashed += kind in sums
-
-    def _member(self, block):
-        """(name, size) of a tar header."""
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError):
-            text = _error_text(block, "no tar header in its place")
-            raise ArchiveError("%s, after %s" % (text, self._name)) from None
-        if header.size < 0 or header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise ArchiveError("unexpected kind of member: %r" % header.name)
-        self._name = header.name
-        return header.name, header.size
-
-    def _filled(self, disk, offset):
-        if disk is not None and offset != self._disks[disk]:
-            raise ArchiveError("disk %s ends at %d of %d bytes" % (disk, offset, self._disks[disk]))
-
-    def _after(self, view):
-        if bytes(view).strip(b"\0"):
-            raise ArchiveError(_error_text(view))
-
-    def finish(self):
-        if self._want:
-            raise ArchiveError("the archive is cut off at %s" % self._name)
-        proved = "archive (%d disks, %d chunks)" % (len(self._disks), self._chunks)
-        if self._hashed == self._chunks:
-            return [proved, "chunk hashes"]
-        return [proved, "NOT %d chunk hashes (no libxxhash here)" % (self._chunks - self._hashed)]
+# A disk in an ova.xml: virtual_size in bytes, label as list_disks() makes it, the VDI's name.
+OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
 def expected_disks(data, uuids=()):
-    """{id: virtual_size in bytes} of the disks that an export with this ova.xml has to hold. It is
-    one XML-RPC value without a prolog. Raises ArchiveError if it lacks a VDI of `uuids`: one that
-    was destroyed since the snapshot leaves no other trace in an export (export.ml)."""
+    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. It is one XML-RPC
+    value without a prolog. Raises ArchiveError if it lacks a VDI of `uuids`: one that was destroyed
+    since the snapshot leaves no other trace in an export (export.ml)."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     data, by_class = re.sub(rb"^\s*<\?xml[^>]*>", b"", data), collections.defaultdict(dict)
@@ -845,13 +1269,17 @@ def expected_disks(data, uuids=()):
         value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
         for item in value["objects"]:
             by_class[item["class"]][item["id"]] = item["snapshot"]
-        vdis = by_class["VDI"]
-        wanted = [vm.get("suspend_VDI") for vm in by_class["VM"].values()]
-        for vbd in by_class["VBD"].values():
+        vdis, labels = by_class["VDI"], collections.OrderedDict()
+        for vm in by_class["VM"].values():
+            labels[vm.get("suspend_VDI")] = "suspend"
+        for vbd in sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4)):
             sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
-            if vbd["type"] != "CD" and sr.get("content_type") != "iso":
-                wanted.append(vbd["VDI"])
-        found = {vdi: int(vdis[vdi]["virtual_size"]) for vdi in wanted if vdi in vdis}
+            if vbd["type"] != "CD" and vbd["VDI"] in vdis and sr.get("content_type") != "iso":
+                label = vbd.get("device") or vbd["userdevice"]
+                label += "-" + vbd["userdevice"] if label in labels.values() else ""
+                labels.setdefault(vbd["VDI"], label)
+        found = {ref: OvaDisk(int(vdis[ref]["virtual_size"]), label, vdis[ref].get("name_label"))
+                 for ref, label in labels.items() if ref in vdis}
         absent = sorted(set(uuids) - {vdi.get("uuid") for vdi in vdis.values()})
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
@@ -860,216 +1288,465 @@ def expected_disks(data, uuids=()):
     return found
 
 
-class RawCheck(Checker):
-    """Proves a raw disk whole: exactly `size` bytes."""
-
-    def __init__(self, size):
-        self._size, self._seen, self._start = size, 0, b""
-
-    def feed(self, data):
-        self._start = self._start or bytes(data[:2048])
-        self._seen += len(data)
-        if self._seen > self._size:
-            raise ArchiveError("more bytes than the disk's virtual size (%d)" % self._size)
-
-    def finish(self):
-        if self._seen != self._size:
-            short = "%d of %d bytes arrived" % (self._seen, self._size)
-            raise ArchiveError(_error_text(self._start, short))
-        return ["size (%d bytes)" % self._size]
+def read_member(reader, block):
+    """(name, size) of a tar header, that of a plain file."""
+    field, length, told, kind = struct.unpack("100s24x12s12x8sc355x", block)
+    try:
+        mine = sum(block) - sum(told) + 8 * ord(" ")
+        name, size = field.split(b"\0")[0].decode("utf-8"), int(length.strip(b"\0 "), 8)
+        if int(told.strip(b"\0 "), 8) != mine or size < 0:
+            raise ValueError
+    except ValueError:
+        text = error_text(block, "no tar header in its place")
+        raise ArchiveError("%s, after %s" % (text, reader.where)) from None
+    if kind not in b"0\0":
+        raise ArchiveError("unexpected kind of member: %r" % name)
+    reader.where = name
+    return name, size
 
 
-class VhdCheck(Checker):
-    """Proves a dynamic VHD whole: both footers, the header, each block of the table inside the
-    file and apart from the others, nothing after the last footer (Microsoft's VHD specification).
+def read_chunk(reader, name, size, kinds, sink=None, offset=0):
+    """Reads a chunk behind its header, and the member after it that holds its hash. kinds: {ending
+    of that member's name: what makes the hash}. Returns (ending, hash)."""
+    sums = {kind: make() for kind, make in kinds.items() if make}
+    for view in reader.stream(size):
+        for each in sums.values():
+            each.update(view)
+        if sink:
+            sink(name.split("/")[0], offset, view)
+            offset += len(view)
+    reader.skip(-size % 512)
+    member, length = read_member(reader, reader.take(512))
+    kind = member[len(name):]
+    if name + kind != member or kind not in kinds or not 0 < length <= 64:
+        raise ArchiveError("the hash of chunk %s is missing" % name)
+    told = reader.take(512)[:length].decode("ascii", "replace").lower()
+    if kind in sums and sums[kind].hexdigest() != told:
+        raise ArchiveError("chunk %s does not match its hash" % name)
+    return kind, told
 
-    size: the disk's virtual_size in bytes, or None to take what the footer says.
+
+def prove_xva(pieces, uuids=(), sink=None):
+    """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
+    filled to its virtual_size, two zero blocks, then at most 1 MiB of zeros. uuids: the VDIs that
+    have to be in it; without them the archive itself says which disks it holds. sink(id, offset,
+    view) gets what the disks hold, but first sink("ova.xml", 0, data).
+
+    Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
+    numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
+    chunk is a keep-alive. From 26.16 on chunk 0 of a VHD of up to 1 MiB comes twice, which only
+    the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
+    reader = Reader(pieces, "the very beginning")
+    kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
+    name, size = read_member(reader, reader.take(512))
+    if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
+        raise ArchiveError("the archive does not begin with ova.xml")
+    ova = reader.take(size + -size % 512)[:size]
+    disks = expected_disks(ova, uuids)
+    if sink:
+        sink("ova.xml", 0, ova)
+    disk, offset, last, unit, twice, told, done, chunks = None, 0, -1, None, None, "", [], 0
 
-    def __init__(self, size=None):
-        self._size, self._seen, self._tail = size, 0, b""
-        self._footer, self._blocks, self._end = b"", [], 0
-        super().__init__()
+    def end_disk():
+        if disk is not None and offset != disks[disk].size:
+            small = (": enlarge the disk before it, whose %d bytes XAPI takes for the size of all"
+                     " chunks that are left out, and cannot import this" % unit)
+            raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
+                disk, offset, disks[disk].size, small if unit < MIB and len(done) > 1 else ""))
 
-    def feed(self, data):
-        self._seen += len(data)
-        self._tail = (self._tail + bytes(data[-512:]))[-512:]
-        super().feed(data)
+    block = reader.take(512)
+    while block.strip(b"\0"):
+        name, size = read_member(reader, block)
+        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
+        if not match or size > 64 * MIB:
+            raise ArchiveError("unexpected member %r" % name)
+        number = int(match.group(2))
+        if match.group(1) != disk:
+            end_disk()
+            disk, offset, last = match.group(1), 0, -1
+            if disk not in disks or disk in done or number:
+                raise ArchiveError("unexpected member %r" % name)
+            if twice:
+                raise ArchiveError("%s comes twice before another disk, which XAPI cannot import:"
+                                   " make that disk larger than 1 MiB" % twice)
+            done.append(disk)
+        again = number == last == 0 and size == offset == disks[disk].size and not twice
+        twice = name if again else twice
+        if not again:
+            unit = size if unit is None else unit
+            offset += unit * (number - last - 1) + size
+            if number <= last or offset > disks[disk].size:
+                raise ArchiveError("chunk %s is out of order" % name)
+            last = number
+        before, (kind, told) = told, read_chunk(
+            reader, name, size, kinds, None if again else sink, offset - size)
+        if again and told != before:
+            raise ArchiveError("chunk %s comes twice and differs" % name)
+        kinds = {kind: kinds[kind]}  # only of the first chunk are both sums needed
+        chunks += 1
+        block = reader.take(512)
+    end_disk()
+    missing = [ref for ref, item in disks.items() if item.size and ref not in done]
+    if missing:
+        raise ArchiveError("disk %s is missing" % missing[0])
+    if reader.take(512).strip(b"\0"):
+        raise ArchiveError("one zero block only before more data")
+    end = reader.at
+    for view in reader.rest():
+        if bytes(view).strip(b"\0"):
+            raise ArchiveError(error_text(view))
+        if reader.at - end > MIB:
+            raise ArchiveError("more than 1 MiB of zeros after the end of the archive")
+    unproved = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % chunks
+    return ["archive (%d disks, %d chunks)" % (len(disks), chunks),
+            unproved if chunks and None in kinds.values() else "chunk hashes"]
 
-    def _after(self, view):
-        pass  # the blocks; finish() looks at the tail
 
-    def _parse(self):
-        self._footer = start = yield 512
-        if not self._intact(start, b"conectix", 64):
-            raise ArchiveError(_error_text(start, "no VHD footer in front"))
-        at, size, kind = struct.unpack(">Q24xQ4xI", start[16:64])
-        if kind != 3 or not 512 <= at <= MIB:
-            raise ArchiveError("not a whole dynamic VHD")
-        if self._size not in (None, size):
-            raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (size, self._size))
-        yield at - 512
-        header = yield 1024
-        table, entries, block = struct.unpack(">Q4xII", header[16:36])
-        sane = block >= 512 and -(-size // block) <= entries <= 4 * MIB
-        if not self._intact(header, b"cxsparse", 36) or not sane or table < at + 1024:
-            raise ArchiveError("the VHD's header is damaged")
-        yield min(table - at - 1024, 64 * MIB), len  # skipped
-        numbers = struct.unpack(">%dI" % entries, (yield entries * 4))
-        self._end = table + -(-entries * 4 // 512) * 512
-        self._blocks = sorted(number * 512 for number in numbers if number != 0xFFFFFFFF)
-        for offset in self._blocks:
-            if offset < self._end:
-                raise ArchiveError("the VHD's blocks overlap")
-            self._end = offset + -(-block // 4096 // 512) * 512 + block
+# --- single disks, and the pool's database ---
 
-    @staticmethod
-    def _intact(data, cookie, at):
+
+def prove_raw(pieces, size):
+    """Proves a raw disk whole: `size` bytes, then at most ROUNDING zeros. size None: unknown."""
+    seen, start, piece = 0, b"", b""
+    for piece in pieces:
+        start = start or bytes(piece[:2048])
+        more = piece[max(size - seen, 0):] if size is not None else b""
+        seen += len(piece)
+        if len(more) and (seen > size + ROUNDING or bytes(more).strip(b"\0")):
+            raise ArchiveError(error_text(more, "more than the disk's %d bytes arrived" % size))
+    if size is None:
+        return ["NOT its size (nothing here tells it)"]
+    if seen < size:
+        short = "%d of %d bytes arrived" % (seen, size)
+        raise ArchiveError(error_text(start, error_text(piece, short)))
+    return ["size (%d bytes)" % seen]
+
+
+def prove_vhd(pieces, size=None):
+    """Proves a dynamic VHD whole: both footers, the header, the blocks of the table one behind the
+    other, no more than the disk has, nothing after the last footer (Microsoft's VHD specification;
+    XAPI leaves no gaps, others align). size: the disk's virtual_size in bytes; None: unknown."""
+    def intact(data, cookie, at):
         told = data[at : at + 4]
         mine = ~(sum(data) - sum(told)) & 0xFFFFFFFF
         return data.startswith(cookie) and told == struct.pack(">I", mine)
 
-    def finish(self):
-        if self._want:
-            raise ArchiveError("the VHD is cut off at its beginning")
-        if self._tail != self._footer:
-            page = self._tail[max(self._tail.find(b"HTTP/1."), 0) :]
-            raise ArchiveError(_error_text(
-                page, "the VHD does not end in its footer: cut off, or data after it"))
-        # Up to a page of padding may stand before the last footer.
-        if not self._end <= self._seen - 512 <= self._end + 4096:
-            raise ArchiveError("the VHD's table does not fit its length")
-        return ["VHD (footers, header, %d blocks)" % len(self._blocks)]
+    reader = Reader(pieces, "the VHD's beginning")
+    footer = reader.take(512)
+    if not intact(footer, b"conectix", 64):
+        raise ArchiveError(error_text(footer, "no VHD footer in front"))
+    at, told, kind = struct.unpack(">Q24xQ4xI", footer[16:64])
+    if kind != 3 or not 512 <= at <= MIB:
+        raise ArchiveError("not a whole dynamic VHD")
+    if size is not None and not size <= told <= size + ROUNDING:
+        raise ArchiveError("the VHD is for %d bytes, the disk has %d" % (told, size))
+    reader.skip(at - 512)
+    header = reader.take(1024)
+    table, entries, block = struct.unpack(">Q4xII", header[16:36])
+    needed = -(-told // block) if 512 <= block <= ROUNDING else entries + 1
+    if not intact(header, b"cxsparse", 36) or not needed <= entries <= 4 * MIB or (
+            not 0 <= table - reader.at <= MIB):
+        raise ArchiveError("the VHD's header is damaged")
+    reader.skip(table - reader.at)
+    numbers = array.array("I", reader.take(entries * 4))
+    numbers.byteswap()
+    blocks = sorted(number for number in numbers[:needed] if number != 0xFFFFFFFF)
+    if numbers[needed:].count(0xFFFFFFFF) != entries - needed:
+        raise ArchiveError("the VHD's table goes on behind the end of the disk")
+    end, gap = table + -(-entries * 4 // 512) * 512, MIB
+    for number in blocks:
+        if not end <= number * 512 <= end + gap:
+            raise ArchiveError("the VHD's table is damaged: blocks overlap or leave a gap")
+        end, gap = number * 512 + -(-block // 4096 // 512) * 512 + block, 4096
+    reader.where = "its blocks: the table says %d bytes" % (end + 512)
+    reader.skip(end - reader.at)
+    last = reader.take(512)
+    if last != footer:
+        text = "the VHD's table does not fit its length: no footer at byte %d" % end
+        raise ArchiveError(error_text(last, text))
+    for view in reader.rest():
+        raise ArchiveError(error_text(view, "data after the VHD's last footer"))
+    return ["VHD (footers, header, %d blocks)" % len(blocks)]
 
 
-class GzipCheck(Checker):
-    """Feeds what a gzip stream holds to another checker; both have to end where the file does."""
+def dump_tables(pieces):
+    """Names of the tables of a dump of the pool's database, and "schema 5.711" as its manifest has
+    it. Raises ArchiveError if it is no XML to its </database> or has no VM (every host is one):
+    during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
+    path, names, schema, vms, seen, piece = [], set(), {}, [], 0, b""
+    parser = xml.parsers.expat.ParserCreate("utf-8")
 
-    def __init__(self, inner):
-        self._inner, self._gzip = inner, zlib.decompressobj(31)
+    def begin(name, attributes):
+        path.append(attributes.get("name", "") if name == "table" else name)
+        if path[1:] == ["VM", "row"] and not vms:
+            vms.append(True)
+        elif name == "table":
+            names.add(path[-1])
+        elif name == "pair":
+            schema[attributes.get("key")] = attributes.get("value")
+        if len(path) > 9 or len(names) + len(schema) > 9999:
+            refuse()
 
-    def feed(self, data):
-        view = memoryview(data)
+    def refuse(*_declaration):
+        raise ArchiveError("the dump is not XAPI's")
+
+    parser.StartElementHandler, parser.StartDoctypeDeclHandler = begin, refuse
+    parser.EndElementHandler = lambda _name: path.pop()
+    try:
+        for piece in pieces:
+            seen += len(piece)
+            parser.Parse(piece, False)
+            if seen > DUMP_LIMIT or seen - parser.CurrentByteIndex > METADATA_LIMIT:
+                raise ArchiveError("the dump has no end")
+        parser.Parse(b"", True)
+    except xml.parsers.expat.ExpatError as error:
+        text = "the dump is damaged or does not end in </database>: %s" % error
+        raise ArchiveError(error_text(piece, text)) from None
+    if not vms:
+        raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
+    names.add("schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn")))
+    return names
+
+
+def prove_dump(pieces, tables=()):
+    """Proves a dump as far as it can be: no row's absence shows. tables: those of the last kept
+    dump, by dump_tables(); unless the schema is another one, none of them may be gone."""
+    found = dump_tables(pieces)
+    lost = sorted(set(tables) - found)
+    if lost and not any(name.startswith("schema ") for name in lost):
+        raise ArchiveError("the dump lacks what the last one has: table %s" % ", ".join(lost))
+    return ["XML to </database>", "%d tables (not: every row)" % (len(found) - 1)]
+
+
+# --- compressed archives, and the choice by name ---
+
+
+def gunzip(pieces):
+    """The pieces of what a gzip stream holds; it has to end where the pieces do."""
+    gzip = zlib.decompressobj(31)
+    try:
+        for piece in pieces:
+            while len(piece):
+                if gzip.eof:
+                    raise ArchiveError(error_text(piece))
+                yield memoryview(gzip.decompress(piece, MIB))
+                piece = memoryview(gzip.unused_data if gzip.eof else gzip.unconsumed_tail)
+        yield memoryview(gzip.flush())  # zlib may hold back output with no input left
+    except zlib.error as error:
+        raise ArchiveError("the gzip stream is damaged: %s" % error) from None
+    if not gzip.eof:
+        raise ArchiveError("the gzip stream is cut off")
+
+
+def has_zstd():
+    return shutil.which("zstd") is not None
+
+
+def unzstd(pieces):
+    """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0. A thread of
+    its own reads the pieces; it and the child are gone when this generator is."""
+    if not has_zstd():
+        raise BackupError("nothing here can decompress it: install the command zstd")
+    child: Any = subprocess.Popen(
+        [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
+
+    def feed():
         try:
-            while len(view):
-                if self._gzip.eof:
-                    raise ArchiveError(_error_text(view))
-                self._inner.feed(self._gzip.decompress(view, MIB))
-                rest = self._gzip.unused_data if self._gzip.eof else self._gzip.unconsumed_tail
-                view = memoryview(rest)
-        except zlib.error as error:
-            raise ArchiveError("the gzip stream is damaged: %s" % error) from None
+            for piece in pieces:
+                try:
+                    child.stdin.write(piece)
+                except BrokenPipeError:  # it ended: its exit status tells why
+                    break
+        finally:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
 
-    def finish(self):
-        with contextlib.suppress(zlib.error):
-            self._inner.feed(self._gzip.flush())  # zlib may hold back output with no input left
-        if not self._gzip.eof:
-            raise ArchiveError("the gzip stream is cut off")
-        return ["gzip"] + self._inner.finish()
-
-
-class ZstdCheck(Checker):
-    """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0."""
-
-    def __init__(self, inner, command):
-        self._inner = inner
-        self._child = subprocess.Popen(
-            [command, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
-        self._stdout: Any = self._child.stdout  # a BufferedReader
-        self._thread = ThreadPoolExecutor(1)
-        self._reader = self._thread.submit(self._read)
-
-    def _read(self):
-        buffer = memoryview(bytearray(MIB))
+    buffer = memoryview(bytearray(MIB))
+    with ThreadPoolExecutor(1) as thread:
         try:
-            for count in iter(lambda: self._stdout.readinto(buffer), 0):
-                self._inner.feed(buffer[:count])
-        except BaseException:
-            self._child.kill()
-            raise
+            feeder = thread.submit(feed)
+            for count in iter(lambda: child.stdout.readinto(buffer), 0):
+                yield buffer[:count]
+            feeder.result()  # raises what the pieces did
+            if child.wait():
+                raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
+        finally:
+            child.kill()
+            child.stdout.close()
+            child.wait()
 
-    def feed(self, data):
+
+def prover(file_name, size=None, uuids=(), sink=None):
+    """The proof for an export by its file name: a function of its pieces. size: virtual_size in
+    bytes of a single disk; uuids, sink: as for prove_xva()."""
+    def prove(pieces):
+        if file_name.endswith(".raw"):
+            return prove_raw(pieces, size)
+        if file_name.endswith(".vhd"):
+            return prove_vhd(pieces, size)
+        if file_name.endswith(".xva"):
+            return prove_xva(pieces, uuids, sink)
+        kind, unpack = ("gzip", gunzip) if file_name.endswith(".gz") else ("zstd", unzstd)
+        with contextlib.closing(unpack(pieces)) as inner:
+            return [kind] + prove_xva(inner, uuids, sink)
+
+    return prove
+
+
+# ============================== the watchman ==============================
+# The main thread is the watchman, workers do the work. It makes no call and writes nothing, for
+# either could hold it: it waits for the workers, looks every LOOK seconds whether a stop was asked
+# for, and then shuts down the sockets that hold them.
+
+LOOK = 0.2  # seconds
+STOP_GRACE = 5  # seconds a call may still take at a stop: the host may just have made a session
+CLEANUP_GRACE = 20  # seconds for each call that is begun after it, to clean up
+STOP_ENDS = 55  # seconds after which a stop ends the program, whatever hangs
+ONE_SIGNAL = 0.1  # seconds within which a signal and its echo are one: timeout(1) sends it twice
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+           signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
+
+
+class Activity:
+    """What is being done to one VM or file, for whoever shows it: done and expected are bytes,
+    fraction is the progress that the host tells; times are monotonic."""
+
+    def __init__(self, label):
+        self.label, self.doing, self.expected = label, "", 0
+        self.begin()
+
+    def begin(self):
+        """From now on the bytes of another transfer are counted."""
+        self.done, self.fraction = 0, 0.0
+        self.started = self.touched = time.monotonic()
+
+    def note(self, count):
+        self.done += count
+        self.touched = time.monotonic()
+
+
+class Watch:
+    """What all threads share about stopping, progress and the rate (bytes/s, 0: no limit). A stop
+    tears nothing apart: code looks at it where it can undo what it has done."""
+
+    def __init__(self, rate=0):
+        self.signum, self.rate, self.streams, self.activities = None, rate, set(), []
+        self._stopped, self._raises, self._calls = 0.0, False, {}
+        self._due, self._turn = 0.0, threading.Lock()
+
+    def install(self):
+        """Takes the signals, and lets no core file and no TLS key log tell the password."""
+        os.environ.pop("SSLKEYLOGFILE", None)
+        with contextlib.suppress(ValueError, OSError):  # the hard limit is 0 already
+            # 1, since the kernel heeds no other where it hands cores to a program: core(5).
+            resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+        for signum in SIGNALS:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # by nohup
+                signal.signal(signum, self._handler)
+
+    def _handler(self, signum, _frame):
+        now = time.monotonic()
+        if self.signum is None:
+            self._stopped, self.signum = now, signum
+            signal.alarm(STOP_ENDS)
+            if self._raises:
+                raise Interrupted(signum)
+        elif signum != self.signum or now - self._stopped > ONE_SIGNAL:
+            os._exit(128 + self.signum)
+
+    def check(self):
+        """Raises Interrupted once a stop was asked for."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def time_left(self):
+        """Seconds until a stop ends the program."""
+        return self._stopped + STOP_ENDS - time.monotonic() if self.signum else float("inf")
+
+    def sleep(self, seconds):
+        """Waits; returns early once a stop was asked for. Signal-safe, unlike threading.Event."""
+        end = time.monotonic() + seconds
+        while not self.signum and time.monotonic() < end:
+            time.sleep(max(0, min(0.1, end - time.monotonic())))
+
+    def throttle(self, count):
+        """Waits until `count` bytes more are within the rate, which all streams share."""
+        if self.rate:
+            with self._turn:
+                # A little may be made up for, since each sleep lasts a little too long.
+                due = self._due = max(self._due, time.monotonic() - 0.05) + count / self.rate
+            self.sleep(due - time.monotonic())
+
+    def do(self, function, *args):
+        """What function(*args) returns or raises, in a worker. For the main thread."""
+        with ThreadPoolExecutor(1) as worker:
+            future = worker.submit(function, *args)
+            while wait([future], timeout=LOOK).not_done:
+                if self.signum:
+                    self._end_waits()
+            return future.result()
+
+    def _end_waits(self):
+        for stream in self.streams.copy():
+            stream.abort()
+        for transport, begun in self._calls.copy().items():
+            late = begun > self._stopped
+            end = begun + CLEANUP_GRACE if late else self._stopped + STOP_GRACE
+            if time.monotonic() > end:
+                transport.shut()
+
+    def pure(self, function, *args):
+        """The same in the main thread, where the signal's handler ends it: a regular expression
+        that runs in a worker keeps all other threads waiting."""
+        self._raises = True
         try:
-            self._child.stdin.write(data)
-        except OSError:
-            failure = self._reader.exception()
-            raise failure or ArchiveError("the zstd stream is damaged") from None
+            self.check()
+            return function(*args)
+        finally:
+            self._raises = False
 
-    def finish(self):
-        self.close()
-        self._reader.result()
-        if self._child.returncode:
-            raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
-        return ["zstd"] + self._inner.finish()
+    @contextlib.contextmanager
+    def call(self, transport):
+        """Registers a call that is under way, so that a stop can end it."""
+        self._calls[transport] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._calls[transport]
 
-    def close(self):
-        with contextlib.suppress(OSError):
-            self._child.stdin.close()
-        self._thread.shutdown()
-        self._stdout.close()
-        self._child.wait()
+    @contextlib.contextmanager
+    def activity(self, label):
+        """An Activity, shown while the block lasts."""
+        activity = Activity(label)
+        self.activities.append(activity)
+        try:
+            yield activity
+        finally:
+            self.activities.remove(activity)
 
+    @contextlib.contextmanager
+    def attend(self, show):
+        """While the block (in a worker) lasts, a helper thread lets the open streams ask how their
+        tasks do, and calls show(list of Activities), once a second."""
+        ended = threading.Event()
 
-class ZstdFrameCheck(Checker):
-    """Walks the blocks of one zstd frame without decompressing (RFC 8878): proves that the frame
-    ends where the file does, and nothing about what is in it."""
+        def tend():
+            while not ended.wait(1):
+                asks = [stream.ask for stream in self.streams.copy()]
+                for look in asks + [functools.partial(show, self.activities[:])]:
+                    with contextlib.suppress(Exception):  # an oddity must not end the watching
+                        look()
 
-    unproved = "NOT the archive inside (no zstd command here)"
-
-    def _parse(self):
-        head = yield 5
-        if head[:4] != b"\x28\xb5\x2f\xfd":
-            raise ArchiveError("not a zstd stream")
-        flags, single = head[4], head[4] >> 5 & 1
-        yield (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        last = 0
-        while not last:
-            word = int.from_bytes((yield 3), "little")
-            last, kind, size = word & 1, word >> 1 & 3, word >> 3
-            if kind == 3 or size > 128 * 1024:
-                raise ArchiveError("the zstd stream is damaged")
-            yield (1 if kind == 1 else size), len
-        yield 4 * (flags >> 2 & 1)
-
-    def finish(self):
-        if self._want:
-            raise ArchiveError("the zstd stream is cut off")
-        return ["zstd frame", self.unproved]
-
-
-class DatabaseCheck(Checker):
-    """Proves a dump of the pool's database whole: it ends in </database>, and lists VMs (every host
-    is one): during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
-
-    def __init__(self):
-        self._tail, self._vms = b"", False
-
-    def feed(self, data):
-        window = self._tail + bytes(data)
-        self._vms = self._vms or bool(re.search(rb'<table name="VM">\s*<row ', window))
-        self._tail = window[-64:]
-
-    def finish(self):
-        if not self._tail.rstrip().endswith(b"</database>"):
-            raise ArchiveError("the dump does not end in </database>")
-        if not self._vms:
-            raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-        return ["</database>"]
-
-
-def make_checker(file_name, size=None, uuids=()):
-    """The checker for an export by its file name; size: virtual_size in bytes of a single disk;
-    uuids: of the VDIs that have to be in an XVA."""
-    if file_name.endswith(".xva"):
-        return XvaCheck(uuids)
-    if file_name.endswith(".xva.gz"):
-        return GzipCheck(XvaCheck(uuids))
-    if file_name.endswith(".xva.zst"):
-        command = shutil.which("zstd")
-        return ZstdCheck(XvaCheck(uuids), command) if command else ZstdFrameCheck()
-    return VhdCheck(size) if file_name.endswith(".vhd") else RawCheck(size)
+        helper = threading.Thread(target=tend, name="helper", daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            helper.join()
 
 
 # ============================== the XAPI client ==============================
@@ -1078,51 +1755,21 @@ CONNECT_TIMEOUT = 30  # seconds
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
              (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
-LOGIN_GRACE = 5  # seconds that a login may still take once a signal came
-SILENCE = 30  # seconds without a byte after which the host is asked how the task does
-DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
-LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
-TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
-FAILURE_PAUSES = (0, 0.2, 0.8, 2)  # seconds until a task must have told why its stream failed
+ASK_TIMEOUT = 30  # seconds
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
-
-
-class Stop:
-    """A request to stop by signal. It tears nothing apart: code looks at it where it can undo what
-    it has done, and exports that are being read end at once."""
-
-    def __init__(self):
-        self.signum = None
-        self.exports = set()
-        self.waiting = None  # an Xapi whose calls change nothing yet
-
-    def handler(self, signum, _frame):
-        """The signal handler: no locks in here, it may run between any two bytecodes."""
-        self.signum = self.signum or signum
-        for each in filter(None, list(self.exports) + [self.waiting]):
-            each.abort()
-
-    def check(self):
-        if self.signum:
-            raise Interrupted(self.signum)
-
-    def sleep(self, seconds):
-        """Waits; returns early once a stop was asked for. Signal-safe, unlike threading.Event."""
-        end = time.monotonic() + seconds
-        while not self.signum and time.monotonic() < end:
-            time.sleep(max(0, min(0.1, end - time.monotonic())))
 
 
 class Endpoint:
     """Where one host is reached and how it proves who it is.
 
     pins: SHA-256 fingerprints of the certificates to accept; ca: PEM file to verify with, None
-    for the system's; verify False: no check. A loopback address needs no proof unless one is asked.
+    for the system's; verify False: no check. A loopback address needs no proof unless one is asked,
+    or a host led here that had to prove itself (`led`).
     """
 
-    def __init__(self, address, pins=None, ca=None, verify=True):
+    def __init__(self, address, pins=None, ca=None, verify=True, led=False):
         self.address, self.pins, self.ca, self.verify = address, pins, ca, verify
-        self.checked = verify and bool(pins or ca or not is_loopback(address.host))
+        self.checked = verify and bool(pins or ca or led or not is_loopback(address.host))
         self._context = None
 
     def __str__(self):
@@ -1132,51 +1779,73 @@ class Endpoint:
         host = "[%s]" % host if ":" in host else host
         return host if port == {"https": 443, "http": 80}[scheme] else "%s:%d" % (host, port)
 
-    def at(self, address):
-        """The Endpoint of another address that has to prove itself in the same way."""
-        return Endpoint(address, self.pins, self.ca, self.verify)
+    def lead(self, told):
+        """The Endpoint where this host leads to as master or by a redirect; it has to prove itself
+        in the same way. Clear text leads to clear text within this machine alone."""
+        try:
+            address = parse_host(told)
+        except ValueError:
+            address = Address("", "", 0)
+        mine = self.address
+        if "://" not in told and address.port == 443 and (
+                mine.scheme == "https" or mine.scheme == "http" and is_loopback(address.host)):
+            address = mine._replace(host=address.host)  # a bare name: reached as this one is
+        if address.scheme != "https" and (mine.scheme, address.scheme) != ("http", "http"):
+            raise BackupError("the host leads to %r, which could not prove itself: refused" % told)
+        return Endpoint(address, self.pins, self.ca, self.verify, self.checked)
 
-    def open_socket(self, timeout):
+    def open_socket(self, timeout, owner):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
 
-        A dead peer is noticed by TCP keepalive within about three minutes, whatever `timeout`
-        (seconds per read or write, None for ever).
+        It is owner.sock from its first moment, for whoever has to shut it. A dead peer is noticed
+        by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or write,
+        None for ever).
         """
-        scheme, host, port = self.address
-        if scheme == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        else:
-            sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
         try:
-            if scheme == "unix":
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(host)
-            else:
+            sock = self._connect(owner)
+            if self.address.scheme != "unix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for option, value in KEEPALIVE:
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if scheme == "https":
-                sock = self._tls(sock)
+            if self.address.scheme == "https":
+                sock = self._tls(sock, owner)
         except BaseException:
-            sock.close()
+            if owner.sock is not None:
+                owner.sock.close()
             raise
         sock.settimeout(timeout)
         return sock
 
-    def _tls(self, sock):
+    def _connect(self, owner):
+        scheme, host, port = self.address
+        found = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", host)]
+        if scheme != "unix":
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _name, address in found:
+            try:
+                sock = owner.sock = socket.socket(family, kind, protocol)
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                failure: Any = error
+        raise failure
+
+    def _tls(self, sock, owner):
         self._context = self._context or self._make_context()
         name = self.address.host if self._context.check_hostname else None
         try:
-            tls = self._context.wrap_socket(sock, server_hostname=name)
+            tls = owner.sock = self._context.wrap_socket(sock, server_hostname=name,
+                                                         do_handshake_on_connect=False)
+            tls.do_handshake()
         except (ssl.SSLError, ssl.CertificateError) as error:
             # In Python 3.6 CertificateError is a wrong name only, and no SSLError.
             if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise BackupError(self._untrusted()) from None
+                raise BackupError(self._untrusted(owner)) from None
             raise
         shown = hashlib.sha256(tls.getpeercert(True)).hexdigest()
         if self.checked and self.pins and shown not in self.pins:
-            tls.close()
-            raise BackupError(self._untrusted(shown))
+            raise BackupError(self._untrusted(owner, shown))
         return tls
 
     def _make_context(self):
@@ -1196,12 +1865,13 @@ class Endpoint:
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         return context
 
-    def _untrusted(self, shown=None):
+    def _untrusted(self, owner, shown=None):
         """One line: the fingerprint that the host shows, how to compare it and what to set."""
         if shown is None:
+            owner.sock.close()
             bare = Endpoint(self.address, verify=False)
             try:
-                with contextlib.closing(bare.open_socket(CONNECT_TIMEOUT)) as sock:
+                with contextlib.closing(bare.open_socket(CONNECT_TIMEOUT, owner)) as sock:
                     shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
             except OSError as error:
                 return "the certificate of %s is not trusted (%s)" % (self, describe(error))
@@ -1212,16 +1882,27 @@ class Endpoint:
                 % (self, shown, shown))
 
 
+def endpoints(settings, addresses):
+    """The Endpoints of these Addresses, which prove themselves as the settings tls_* say."""
+    proof = settings.tls_fingerprint, settings.tls_ca, settings.tls_verify
+    return [Endpoint(address, *proof) for address in addresses]
+
+
+def shut(sock):
+    """Ends what any thread reads, writes or connects there."""
+    with contextlib.suppress(OSError, TypeError):  # closed, or None: not opened yet
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's would go on in clear text
+
+
 class Connection(http.client.HTTPConnection):
     """HTTP over whatever the endpoint opens: TCP, checked TLS or the unix socket."""
 
     def __init__(self, endpoint, timeout):
-        host = "localhost" if endpoint.address.scheme == "unix" else endpoint.address.host
-        super().__init__(host, endpoint.address.port or 80, timeout=timeout)
+        super().__init__("xapi", timeout=timeout)
         self._endpoint = endpoint
 
     def connect(self):
-        self.sock = self._endpoint.open_socket(self.timeout)
+        self._endpoint.open_socket(self.timeout, self)
 
 
 class Transport(xmlrpc.client.Transport):
@@ -1233,98 +1914,94 @@ class Transport(xmlrpc.client.Transport):
 
     def __init__(self, endpoint, timeout):
         super().__init__()
-        self._endpoint, self.timeout, self._used = endpoint, timeout, 0.0
+        self.endpoint, self.timeout, self.connection, self.used = endpoint, timeout, None, 0.0
 
     def make_connection(self, host):
-        if time.monotonic() - self._used > 5:
+        if time.monotonic() - self.used > 5:
             self.close()
-        if self._connection[0] != host:
-            self._connection = host, Connection(self._endpoint, self.timeout)
-        return self._connection[1]
+        if self.connection is None:
+            self.connection = Connection(self.endpoint, self.timeout)
+        return self.connection
+
+    def close(self):
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
+
+    def shut(self):
+        shut(getattr(self.connection, "sock", None))
 
     def request(self, host, handler, request_body, verbose=False):
         try:
             return self.single_request(host, handler, request_body, verbose)
         finally:
-            self._used = time.monotonic()
+            self.used = time.monotonic()
 
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError,
-          xml.parsers.expat.ExpatError)
+BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
+UNDONE = ("SESSION_INVALID", "HOST_IS_SLAVE", "HOST_STILL_BOOTING")  # refused before it was begun
 
 
-def send(session, method, args):
-    """One call on a XenAPI session; all that can go wrong as XapiError or ConnectionLost."""
-    import XenAPI
-
-    try:
-        return session.xenapi_request(method, args)
-    except XenAPI.Failure as failure:
-        raise XapiError(failure.details, method) from None
-    except (xmlrpc.client.ResponseError, xmlrpc.client.Fault) as fault:
-        raise XapiError(["SESSION_INVALID", describe(fault)], method) from None
-    except BROKEN as error:
-        raise ConnectionLost(error) from None
-
-
-def task_error(record, doing=""):
-    """The XapiError of a task's record that ended otherwise than well; a cancelled task tells no
-    error of its own (taskHelper.ml)."""
-    return XapiError(record["error_info"] or ["TASK_CANCELLED"], doing)
+def told_error(details, handle, doing=""):
+    """The XapiError of what a host told, without the session's reference, worth a password. A task
+    that was cancelled tells nothing (taskHelper.ml)."""
+    secret = handle.rpartition(":")[2]
+    details = [str(item).replace(secret, "...") for item in details]
+    return XapiError(details or ["TASK_CANCELLED"], doing)
 
 
 class Xapi:
-    """A logged-in session at the pool master, for one thread.
+    """A logged-in session at the pool master, for one thread; ask() is for others.
 
     hosts: Endpoints tried in order. credentials: (user, password). log: function(text).
     """
 
-    def __init__(self, hosts, credentials, log):
-        self._hosts, self._credentials, self._log = hosts, credentials, log
+    def __init__(self, hosts, credentials, log, watch):
+        self._hosts, self._credentials, self._log, self.watch = hosts, credentials, log, watch
         self._session: Any = None
         self._transport: Any = None
         self.endpoint: Any = None
-        self._filters, self._aborted = True, False
+        self._lost = None  # a session that a broken connection left behind: the host counts it
 
     def connect(self):
         """Logs in at the first host that answers, or at the master that it names.
 
-        Raises ConfigError if the password is wrong, no host answers or none is trusted.
+        Raises ConfigError if the password is wrong, no host answers or none is trusted. A stop
+        ends the first login; a session that was lost is made anew all the same, to clean up.
         """
-        # A session that a lost connection left behind is still counted by the host.
-        old, self._session = self._session and self._session.handle, None
         reasons = []
         for endpoint in self._hosts:
             try:
                 self._login(endpoint)
             except ConfigError:
                 raise
-            except (BackupError, xmlrpc.client.Error) + BROKEN as error:
-                if self._aborted:
-                    raise ConnectionLost(error) from None
+            except (BackupError,) + BROKEN as error:
+                if self.endpoint is None:
+                    self.watch.check()
                 reasons.append("%s: %s" % (endpoint, describe(error)))
                 continue
-            if old:
-                with contextlib.suppress(Exception):
-                    self._session.session.logout(old)
+            if self._lost:
+                self._log_out(self._session, self._lost)
             return
         raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
 
     def _login(self, endpoint, hops=3):
         import XenAPI
 
-        self._transport = transport = Transport(endpoint, CALL_TIMEOUT)
-        session = XenAPI.Session("http://xapi", transport=transport)
+        transport = Transport(endpoint, CALL_TIMEOUT)
+        session: Any = XenAPI.Session("http://xapi", transport=transport)
         try:
-            session.login_with_password(*self._credentials, "1.0", "vmbackup")
-            self._session, self.endpoint = session, endpoint
-            if self._aborted:
-                signal.alarm(0)
+            with self.watch.call(transport):
+                session.login_with_password(*self._credentials, "1.0", "vmbackup")
+            session.last_login_method = None  # or XenAPI would log in again by itself
+            self._session, self._transport, self.endpoint = session, transport, endpoint
         except XenAPI.Failure as failure:
             error = XapiError(failure.details)
             if error.code == "HOST_IS_SLAVE" and error.params and hops:
-                self._login(self._master(endpoint, error.params[0]), hops - 1)
+                master = endpoint.lead(error.params[0])
+                self._log("%s is not the pool master, going on to %s" % (endpoint, error.params[0]))
+                self._login(master, hops - 1)
             elif error.code == "SESSION_AUTHENTICATION_FAILED":
                 raise ConfigError("ERROR - login failed at %s: wrong user name or password for %s"
                                   " (a password file has to exist to be read)"
@@ -1333,392 +2010,475 @@ class Xapi:
                 raise error from None
         finally:
             if self._session is not session:
+                if session.handle:  # what an older XenAPI asks after its login failed
+                    self._log_out(session, session.handle)
                 transport.close()
 
-    def _master(self, slave, told):
-        """The Endpoint of the master that a slave names: an address, as a rule without a port."""
-        try:
-            address = parse_host(told)
-        except ValueError:
-            raise BackupError("the host names %r as its master" % told) from None
-        plain = slave.address.scheme == "http"
-        if plain and is_loopback(address.host):
-            address = address._replace(scheme="http")
-        if address.port == 443 and plain == (address.scheme == "http"):
-            address = address._replace(port=slave.address.port)
-        self._log("%s is not the pool master, going on to %s" % (slave, told))
-        return slave.at(address)
+    def _log_out(self, session, handle):
+        with contextlib.suppress(Exception), self.watch.call(session.transport):
+            session.session.logout(handle)
+            self._lost = None
 
     @property
     def handle(self):
-        """The session reference; it changes when XenAPI logs in anew."""
-        session = self._session
-        if session is None:
+        """The session reference; it changes with a new login."""
+        if self._session is None:
             raise ConnectionLost(BackupError("not logged in"))
-        return session.handle
+        return self._session.handle
 
     def call(self, method, *args):
         """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
 
-        Only a call that reads, or that the host refused unexecuted, is ever sent again.
+        After a new login is sent again, once, what the host refused before it was begun, and what
+        only reads.
         """
-        if self._session is None:
-            self.connect()
         try:
-            return send(self._session, method, args)
+            if self._session is not None:
+                return self._send(method, args)
         except XapiError as error:
-            again = ".get_" in method and isinstance(error, ConnectionLost) and not self._aborted
-            if not again and error.code != "HOST_IS_SLAVE":
+            lost = isinstance(error, ConnectionLost)
+            reads = lost and ".get_" in method and not self.watch.signum
+            if not reads and error.code not in UNDONE:
                 raise
-        self._log("lost the host, logging in again")
+            self._log("lost the host, logging in again")
+            self._lost, self._session = self.handle, None
+            self._transport.close()
         try:
             self.connect()
         except ConfigError as error:
             raise ConnectionLost(error) from None
-        return send(self._session, method, args)
+        return self._send(method, args)
+
+    def _send(self, method, args):
+        import XenAPI
+
+        try:
+            with self.watch.call(self._transport):
+                return self._session.xenapi_request(method, args)
+        except XenAPI.Failure as failure:
+            raise told_error(failure.details, self.handle, method) from None
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode == 401:  # XenAPI's word for it, since it may not log in again
+                raise XapiError(["SESSION_INVALID"], method) from None
+            raise ConnectionLost(fault) from None
+        except BROKEN + (ValueError, TypeError, LookupError) as error:  # no answer of XAPI's
+            raise ConnectionLost(error) from None
 
     def ask(self, method, *args):
         """The same for another thread than the owner's: on a connection of its own, never a login,
         and with a short timeout. Raises XapiError."""
         import XenAPI
 
-        transport = Transport(self.endpoint, SILENCE)
+        transport = Transport(self.endpoint, ASK_TIMEOUT)
         session = XenAPI.Session("http://xapi", transport=transport)
-        session._session = self.handle
         try:
-            return send(session, method, args)
-        finally:
-            transport.close()
+            with contextlib.closing(transport), self.watch.call(transport):
+                answer = getattr(session, method)(self.handle, *args)
+            if answer["Status"] == "Success":
+                return answer["Value"]
+        except BROKEN + (ValueError, TypeError, LookupError) as error:
+            raise ConnectionLost(error) from None
+        raise told_error(answer["ErrorDescription"], self.handle, method)
 
-    def where(self, kind, expression):
-        """{ref: record} of the objects of a class that the host's filter lets through, or None
-        where it has no such filter (db_filter_parse.mly; hidden but stable, xe uses it)."""
-        if self._filters:
-            try:
-                return self.call(kind + ".get_all_records_where", expression)
-            except XapiError:
-                self._filters = False  # nor is it asked again
-        return None
+    def all(self, kind):
+        """{ref: record} of all objects of a class."""
+        return self.call(kind + ".get_all_records")
 
     def records(self, kind, refs):
-        """{ref: record} of the refs that exist, in one call where the host filters."""
-        refs, found = [ref for ref in dict.fromkeys(refs) if ref != NULL], {}
-        for start in range(0, len(refs) if len(refs) > 1 else 0, 1000):
-            clauses = ['field "_ref"="%s"' % ref for ref in refs[start : start + 1000]]
-            found.update(self.where(kind, " or ".join(clauses)) or {})
-        for ref in refs:
-            if ref not in found:
+        """{ref: record} of the refs that exist."""
+        found = {}
+        for ref in dict.fromkeys(refs):
+            if ref != NULL:
                 try:
                     found[ref] = self.call(kind + ".get_record", ref)
                 except XapiError as error:
                     if error.code != "HANDLE_INVALID":
                         raise
-        return {ref: found[ref] for ref in refs if ref in found}
+        return found
 
-    def run_task(self, stop, method, *args):
+    def run_task(self, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
 
-        When a stop is asked for, the task is cancelled; if it ended well all the same its result
-        is returned, so that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
+        At a stop the task is cancelled; if it ended well all the same its result is returned, so
+        that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
-        try:
-            task = self.call("Async." + method, *args)
-        except XapiError as error:
-            if error.code != "MESSAGE_METHOD_UNKNOWN":
-                raise
-            return self.call(method, *args)
-        deadline, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
+        task = self.call("Async." + method, *args)
+        end, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
         try:
             while True:
                 record = self.call("task.get_record", task)
                 if record["status"] not in ("pending", "cancelling"):
                     break
-                if stop.signum and not asked:
-                    asked, deadline = True, time.monotonic() + 60
+                if self.watch.signum and not asked:
+                    asked, end = True, time.monotonic() + CLEANUP_GRACE
                     with contextlib.suppress(XapiError):
                         self.call("task.cancel", task)
-                if time.monotonic() > deadline:
-                    stop.check()
+                if time.monotonic() > end:
+                    self.watch.check()
                     doing = "%s did not end within %d s" % (method, SNAPSHOT_TIMEOUT)
                     raise XapiError(["TASK_TIMEOUT"], doing)
-                time.sleep(pause) if asked else stop.sleep(pause)
+                time.sleep(pause) if asked else self.watch.sleep(pause)
                 pause = min(pause * 1.5, 2)
         finally:
             with contextlib.suppress(XapiError):
                 self.call("task.destroy", task)
         if record["status"] != "success":
-            stop.check()
-            raise task_error(record, method)
+            self.watch.check()
+            raise told_error(record["error_info"], self.handle, method)
         return re.sub(r"</?value>", "", record["result"]).strip()  # Async wraps it in XML
 
-    def member(self, address):
-        """The Endpoint of another pool member, its certificate vouched for by the pool itself
-        (host.get_server_certificate) over this connection, which is trusted already."""
+    def at(self, told):
+        """The Endpoint of the pool member that is told by this address or URL: its certificate is
+        the one that the pool vouches for (host.get_server_certificate), over this connection, which
+        is trusted already."""
         mine, pins = self.endpoint, []
-        if address == mine.address:
+        other = mine.lead(told)
+        if other.address == mine.address:
             return mine
-        other, near = mine.at(address), is_loopback(mine.address.host)
-        if other.checked and (mine.checked or near or mine.address.scheme == "unix"):
+        if other.checked and (mine.checked or is_loopback(mine.address.host)):
             with contextlib.suppress(XapiError, ValueError):
-                for ref, host in self.call("host.get_all_records").items():
-                    if parse_host(host["address"]).host == address.host:
+                for ref, host in self.all("host").items():
+                    if parse_host(host["address"]).host == other.address.host:
                         pem = self.call("host.get_server_certificate", ref)
                         der = ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")
                         pins.append(hashlib.sha256(der).hexdigest())
-        return Endpoint(address, pins) if pins else other
+        return Endpoint(other.address, pins) if pins else other
 
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
         are forwarded and streams are not."""
         if self.endpoint.address.scheme == "unix":
             with contextlib.suppress(XapiError, StopIteration):
-                master = next(iter(self.call("pool.get_all_records").values()))["master"]
+                master = next(iter(self.all("pool").values()))["master"]
                 if self.call("session.get_this_host", self.handle) != master:
-                    host = self.call("host.get_record", master)
-                    return self.member(Address("https", host["address"], 443))
+                    return self.at(self.call("host.get_record", master)["address"])
         return self.endpoint
-
-    def abort(self):
-        """Ends the call that is under way, from a signal handler in the main thread. A login gets
-        LOGIN_GRACE seconds more: if the host has carried it out, its session has to be ended."""
-        self._aborted = True
-        if self._session is None:
-            signal.signal(signal.SIGALRM, lambda _signum, _frame: self._shut())
-            signal.alarm(LOGIN_GRACE)
-        else:
-            self._shut()
-
-    def _shut(self):
-        with contextlib.suppress(OSError, AttributeError):  # not connected yet
-            socket.socket.shutdown(self._transport._connection[1].sock, socket.SHUT_RDWR)
 
     def close(self):
         """Logs out; never raises."""
         session, self._session = self._session, None
         if session is not None:
-            with contextlib.suppress(Exception):
-                if self._aborted:  # by a signal, perhaps because the host is silent
-                    self._transport.close()
-                    self._transport.timeout = CONNECT_TIMEOUT
-                session.xenapi_request("session.logout", ())
-            session.transport.close()
+            self._transport.close()
+            self._transport.timeout = CONNECT_TIMEOUT
+            self._log_out(session, session.handle)
+            self._transport.close()
 
 
-class Watch(threading.Thread):
-    """Looks after the open exports: asks the host every SILENCE seconds how their tasks do, aborts
-    one whose host is gone, and tells `show(exports)` once a second how far they are."""
+# ============================== streams ==============================
 
-    def __init__(self, stop, show):
-        super().__init__(name="watch", daemon=True)
-        self.stop, self._show, self._end = stop, show, threading.Event()
-
-    def run(self):
-        while not self._end.wait(1):
-            exports = list(self.stop.exports)
-            for export in exports:
-                if time.monotonic() - export.asked > SILENCE:
-                    export.asked = time.monotonic()
-                    self._ask(export)
-            self._show(exports)
-
-    def _ask(self, export):
-        pending = True
-        try:
-            record = export.xapi.ask("task.get_record", export.task)
-            export.progress = float(record.get("progress") or 0)
-            pending = record["status"] == "pending"
-            export.answered = time.monotonic()
-        except ConnectionLost:
-            if export.asked - max(export.touched, export.answered) > DEAD_AFTER:
-                export.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
-        except BackupError:
-            pending, export.answered = False, time.monotonic()
-        if not pending and export.asked - export.touched > LINGER:
-            export.abort("the task has ended but the stream stays open and silent")
-
-    def end(self):
-        self._end.set()
-        if self.is_alive():
-            self.join()
+SILENCE = 30  # seconds after which the host is asked how a stream's task does
+DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
+STALLED = 3600  # seconds in which neither a byte nor the task's progress moved: given up
+LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
+TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
+IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import takes its time
+FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
-class Export:
-    """The body of an HTTP GET at XAPI with a task of its own, as a context manager: readinto()
-    until it returns 0, then verdict(). Left without a verdict, the task is cancelled.
+class Upload:
+    """The body of a PUT as requests takes it: pieces of a known total length, held to the rate."""
 
-    requests speaks HTTP, over a socket that the Endpoint opened and checked; nothing of the
-    environment (proxies, netrc, CA bundles) has a say, and no redirect is followed by itself.
-    what: what is exported, for progress. size: bytes to expect.
+    def __init__(self, stream, body):
+        self._stream, self._body, self._sent, self.begun = stream, body, None, False
+
+    def __len__(self):
+        return len(self._body)
+
+    def __iter__(self):
+        self._sent = self._send()
+        return self._sent
+
+    def _send(self):
+        watch, pieces, self.begun = self._stream.xapi.watch, iter(self._body), True
+        while True:
+            watch.check()
+            try:
+                piece = next(pieces, None)
+            except OSError as error:  # of a file, not of the connection
+                raise BackupError(describe(error)) from error
+            if piece is None:
+                return
+            watch.throttle(len(piece))
+            yield piece
+            self._stream.note(len(piece))
+
+    def close(self):
+        """Lets go of the body, which a broken connection left in its middle."""
+        if self._sent is not None:
+            self._sent.close()
+
+
+def make_adapter(stream):
+    """requests' adapter for one request over the socket that the stream's endpoint opens; called
+    without a requests.Session, so nothing of the environment (proxies, netrc, CA bundles) and no
+    redirect has a say. No other part of urllib3's pools is in use."""
+    import requests
+    import urllib3
+
+    class Connection(urllib3.connection.HTTPConnection):
+        def __init__(self, *args, **options):
+            self.stream = options.pop("stream")
+            super().__init__(*args, **options)
+            self.response_class = self.stream.response
+
+        def connect(self):
+            try:
+                self.sock = self.stream.endpoint.open_socket(None, self.stream)
+            except OSError as error:  # of which urllib3 passes over some
+                raise http.client.NotConnected(error) from None
+
+    class Pool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def get_connection_with_tls_context(self, *_args, **_options):
+            return Pool("xapi", stream=stream)
+
+        get_connection = get_connection_with_tls_context  # its name before requests 2.32
+
+    return Adapter()
+
+
+def innermost(error):
+    """What requests and urllib3 have wrapped, in texts that quote the whole URL."""
+    inner = error
+    while isinstance(inner, Exception):
+        error, inner = inner, getattr(inner, "reason", None) or (inner.args and inner.args[-1])
+    return error
+
+
+class Stream:
+    """One GET or PUT at XAPI with a task of its own, as a context manager.
+
+    GET: `readinto(view)` until it returns 0, then `verdict()`. PUT (put=True): the task is there
+    before anything is sent, for whoever notes it; `send(body)`, then `verdict()`. Left without a
+    verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
+
+    query: without session_id and task_id. endpoint: another than the session's.
     """
 
-    def __init__(self, xapi, stop, path, query, what, size=0, endpoint=None):
-        self.xapi, self.stop, self._path, self._query = xapi, stop, path, query
-        self._endpoint = endpoint or xapi.endpoint
-        self.what, self.size, self.received, self.progress = what, size, 0, 0.0
-        self.task = self._sock = self._response = self._body = self._ended = None
-        self.touched = self.answered = self.asked = self.started = time.monotonic()
-        self.reason = None  # why it was aborted
+    def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
+        self.xapi, self._path, self._query, self.activity = xapi, path, query, activity
+        self.endpoint, self._put = endpoint or xapi.endpoint, put
+        self.task = self.sock = self._answer = self._body = None
+        self.begun = self.ended = self._cancelled = False
+        self.reason = None  # why it was given up
+        self.received, self.result = 0, []
+        self._touched = self._answered = self._moved = self._asked = time.monotonic()
 
     def __enter__(self):
-        """Opens it, following redirects to pool members; logs in anew once after 401.
-
-        Raises XapiError with the task's own reason where the host gives one.
-        """
-        self.stop.check()  # a task that nothing was begun with stays pending, even if destroyed
+        self.xapi.watch.check()
         try:
             self._make_task()
-            self.stop.exports.add(self)
-            self._open()
+            self.activity.begin()
+            self.xapi.watch.streams.add(self)
+            if not self._put:
+                self._open()
             return self
         except BaseException:
-            self._ended = True
             self.__exit__()
             raise
 
     def _make_task(self):
-        self.task = self.xapi.call("task.create", "vmbackup: " + self.what, "")
+        self.task = self.xapi.call("task.create", "vmbackup: " + self.activity.label, "")
 
     def _open(self):
-        endpoint, target, renewed, hops = self._endpoint, None, False, 0
+        """Opens a GET, following redirects to pool members; logs in anew once after 401.
+
+        Raises XapiError with the task's own reason where the host gives one.
+        """
+        target, renewed, hops = None, False, 0
         while True:
-            self.stop.check()
-            full = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
+            self.xapi.watch.check()
             try:
-                status, location = self._request(
-                    endpoint, target or self._path + "?" + urllib.parse.urlencode(full))
-            except BROKEN as error:
-                self.stop.check()
-                # urllib3 wraps an error of TLS in a text with the whole URL.
-                cause = getattr(error.args[0] if error.args else None, "reason", None) or error
-                raise self.failure() or ConnectionLost(self.reason or cause) from None
+                status, location = self._request("GET", target)
+            except ConnectionLost as error:
+                raise self.failure() or error from None
             if status == 200:
+                self.begun = True
                 return
             if status == 401 and not renewed:
                 self._disconnect()
-                renewed, target, endpoint = True, None, self.xapi.endpoint
-                self.xapi.call("pool.get_all")  # XenAPI logs in again when the session is gone
+                renewed, target, self.endpoint = True, None, self.xapi.endpoint
+                self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
                 with contextlib.suppress(XapiError):
                     self.xapi.call("task.destroy", self.task)
                 self._make_task()
-            elif status in (301, 302, 307, 308) and location and hops < 5:
+            elif status in (301, 302, 307, 308) and location:
                 self._disconnect()
                 hops += 1
-                try:
-                    url = urllib.parse.urlsplit(location)
-                    endpoint = self.xapi.member(parse_host("%s://%s" % (url.scheme, url.netloc)))
-                except ValueError:
-                    raise XapiError(["REDIRECT", location.split("?")[0]], "not followed") from None
+                if hops > 5:
+                    raise XapiError(["REDIRECT"],
+                                    "the hosts send each other the request in a circle")
+                url = urllib.parse.urlsplit(location)
+                self.endpoint = self.xapi.at("%s://%s" % (url.scheme, url.netloc))
                 target = url.path + "?" + url.query
-            elif status == 302:
-                raise XapiError(["REDIRECT"], "the hosts send each other the request in a circle")
             else:
-                told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?",
-                                 self._error_page(), re.S)
-                details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
-                raise self.failure() or XapiError(details or ["HTTP_%d" % status],
-                                                  "the host answered %d" % status)
+                raise self._refusal(status)
 
-    def _request(self, endpoint, target):
-        """Sends the request and waits for the head, however long the host takes."""
+    def _request(self, method, target=None, body=None):
+        """Sends the request and waits for the head, however long the host takes. Returns (status,
+        Location)."""
         import requests
-        import urllib3
 
-        sock = self._sock = endpoint.open_socket(None)
-        self.stop.check()  # a signal before this line found no socket to shut down
+        query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
+        target = target or self._path + "?" + urllib.parse.urlencode(query)
+        headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
+        request = requests.Request(method, "http://xapi" + target, headers, data=body)
+        try:
+            self._answer = make_adapter(self).send(request.prepare(), stream=True)
+        except BROKEN as error:
+            self.xapi.watch.check()
+            raise ConnectionLost(self.reason or innermost(error)) from None
+        self._touched = time.monotonic()
+        return self._answer.status_code, self._answer.headers.get("Location", "")
 
-        class Direct(urllib3.connection.HTTPConnection):
-            def connect(self):
-                self.sock = sock
+    def response(self, *args, **options):
+        """urllib3's response_class: keeps http.client's own response, whose readinto fills the
+        buffer without a copy."""
+        self._body = http.client.HTTPResponse(*args, **options)
+        return self._body
 
-        class Adapter(requests.adapters.HTTPAdapter):
-            def get_connection_with_tls_context(self, *_args, **_options):
-                pool = urllib3.HTTPConnectionPool("xapi")
-                pool.ConnectionCls = Direct
-                return pool
+    def _refusal(self, status):
+        """The XapiError of an answer that is not 200: the task's, or what the page tells."""
+        view = memoryview(bytearray(16384))
+        with contextlib.suppress(OSError, BackupError):
+            self.sock.settimeout(CONNECT_TIMEOUT)
+            self._read(view)
+        told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?",
+                         bytes(view).decode("utf-8", "replace"), re.S)
+        details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
+        return self.failure() or told_error(details or ["HTTP_%d" % status], self.xapi.handle,
+                                            "the host answered %d" % status)
 
-            get_connection = get_connection_with_tls_context  # its name before requests 2.32
-
-        session: Any = requests.Session()
-        with session:
-            session.trust_env = False
-            # Or requests would wait for the end of the body of a redirect.
-            session.get_redirect_target = lambda _response: None
-            session.mount("http://", Adapter())
-            headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
-            self._response = session.get("http://xapi" + target, headers=headers, stream=True,
-                                         allow_redirects=False)
-        self.touched = time.monotonic()
-        raw = self._response.raw
-        # http.client's readinto fills the buffer without a copy; urllib3 1.26's own makes two.
-        self._body = raw._fp if hasattr(getattr(raw, "_fp", None), "readinto") else raw
-        return self._response.status_code, self._response.headers.get("Location", "")
-
-    def readinto(self, view):
+    def _read(self, view):
         try:
             count = self._body.readinto(view)
         except BROKEN + (ValueError,) as error:
-            raise ConnectionLost(error) from None
-        self.received += count
-        self.touched = time.monotonic()
+            self.xapi.watch.check()
+            raise ConnectionLost(self.reason or error) from None
+        self.xapi.watch.check()
+        if self.reason:  # a socket that was shut down may look like one that has ended
+            raise ConnectionLost(self.reason)
         return count
 
-    def _error_page(self):
-        buffer = bytearray(16384)
-        with contextlib.suppress(OSError, BackupError):
-            self._sock.settimeout(CONNECT_TIMEOUT)
-            return bytes(buffer[: self.readinto(memoryview(buffer))]).decode("utf-8", "replace")
-        return ""
+    def readinto(self, view):
+        """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
+        count = self._read(view)
+        self.received += count
+        self.note(count)
+        self.xapi.watch.throttle(count)
+        return count
+
+    def note(self, count):
+        """Counts bytes that went either way."""
+        self.activity.note(count)
+        self._touched = self.activity.touched
+
+    def send(self, body):
+        """Uploads len(body) bytes, the pieces of iter(body).
+
+        Raises what the body raises, and XapiError if the host refuses before anything was begun.
+        However the connection ends after that, the task has the only say: the host answers before
+        it reads, and stops reading when it has what it wants.
+        """
+        with contextlib.closing(Upload(self, body)) as upload:
+            try:
+                status, _location = self._request("PUT", None, upload)
+                if status != 200:
+                    upload.begun = False
+                    raise self._refusal(status)
+                while self._read(memoryview(bytearray(16384))):
+                    pass  # it closes when its task has ended
+            except ConnectionLost:
+                if self.reason or not upload.begun:
+                    raise
+            finally:
+                self.begun = upload.begun
+
+    def ask(self):
+        """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
+        is there or nothing moves; called once a second by the helper thread."""
+        now, ended = time.monotonic(), False
+        if now - self._asked < SILENCE:
+            return
+        self._asked = now
+        try:
+            record = self.xapi.ask("task.get_record", self.task)
+            ended, fraction = record["status"] != "pending", float(record.get("progress") or 0)
+            if fraction != self.activity.fraction:
+                self.activity.fraction, self._moved = fraction, now
+            self._answered = now
+        except ConnectionLost:
+            if now - max(self._touched, self._answered) > DEAD_AFTER:
+                self.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
+        except XapiError:
+            ended, self._answered = True, now
+        if ended and now - self._touched > LINGER:
+            self.abort("the task has ended but the stream stays open and silent")
+        if now - max(self._touched, self._moved) > STALLED:
+            self.abort("for %s neither a byte came nor the task moved on" % time_text(STALLED))
 
     def abort(self, reason=None):
-        """Ends a read that is under way in whatever thread; from a signal handler too."""
+        """Ends whatever the stream is at, in whatever thread."""
         self.reason = self.reason or reason
-        sock = self._sock
-        if sock is not None:
-            with contextlib.suppress(OSError):  # not SSLSocket's: that would go on in clear text
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        shut(self.sock)
+
+    def _end(self, patience):
+        """The task's record once it has ended, None if it is gone. Raises XapiError if it has not
+        within `patience` seconds."""
+        end, pause = time.monotonic() + patience, 0.1
+        while True:
+            if not self._cancelled:
+                self.xapi.watch.check()
+            record = self.xapi.records("task", [self.task]).get(self.task)
+            if record is None or record["status"] not in ("pending", "cancelling"):
+                self.ended = True
+                return record
+            if time.monotonic() > end or self.xapi.watch.time_left() < CLEANUP_GRACE:
+                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1)
 
     def failure(self):
         """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
         task of an early failure may stay pending for ever, see xapi_http.ml)."""
         with contextlib.suppress(XapiError):
-            for pause in FAILURE_PAUSES:
-                time.sleep(pause)
-                record = self.xapi.call("task.get_record", self.task)
-                if record["status"] in ("failure", "cancelled"):
-                    return task_error(record)
+            record = self._end(FAILURE_ENDS)
+            if record and record["status"] != "success":
+                return told_error(record["error_info"], self.xapi.handle)
         return None
 
     def verdict(self):
         """Whether the task ended well: True, or False if it is gone (unknown). Raises XapiError
-        if it failed, was cancelled or does not end within a minute of the stream's end."""
-        deadline = time.monotonic() + TASK_ENDS
-        while True:
-            record = self.xapi.records("task", [self.task]).get(self.task)
-            if record is None:
-                self._ended = True
-                return False
-            if record["status"] in ("success", "failure", "cancelled"):
-                self._ended = True
-                if record["status"] == "success":
-                    return True
-                raise task_error(record, "the export's task failed")
-            if time.monotonic() > deadline:
-                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
-            self.stop.check()
-            self.stop.sleep(0.3)
+        if it failed, was cancelled or does not end in time."""
+        record = self._end(IMPORT_ENDS if self._put else TASK_ENDS)
+        if record is None:
+            return False
+        if record["status"] != "success":
+            doing = "the %s's task failed" % ("import" if self._put else "export")
+            raise told_error(record["error_info"], self.xapi.handle, doing)
+        self.result = re.findall(r"OpaqueRef:[\w-]+", record["result"])
+        return True
 
     def _disconnect(self):
-        for each in (self._response, self._sock):
+        for each in (self._answer, self._body, self.sock):
             if each is not None:
                 each.close()
 
     def __exit__(self, *_error):
-        self.stop.exports.discard(self)
+        self.xapi.watch.streams.discard(self)
         self._disconnect()
-        for method in ("task.destroy",) if self._ended else ("task.cancel", "task.destroy"):
+        if self.begun and not self.ended:
+            self._cancelled = True
             with contextlib.suppress(BackupError):
-                if self.task:
-                    self.xapi.call(method, self.task)
+                self.xapi.call("task.cancel", self.task)
+            with contextlib.suppress(BackupError):
+                if self._put:
+                    self._end(IMPORT_ENDS)
+        with contextlib.suppress(BackupError):
+            if self.task:
+                self.xapi.call("task.destroy", self.task)
 
 
 # ============================== from stream to disk ==============================
@@ -1726,6 +2486,64 @@ class Export:
 BUFFER = MIB
 BUFFERS = 4
 SYNC_EVERY = 64 * MIB
+
+
+def ring(readinto):
+    """The pieces that readinto(view) gives, to its end: views of BUFFERS reused buffers (an mmap
+    goes back to the system after use), so each is valid until BUFFERS - 1 more were asked for."""
+    buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(BUFFERS)]
+    for buffer in itertools.cycle(buffers):
+        count = readinto(buffer)
+        if not count:
+            return
+        yield buffer[:count]
+
+
+def fan_out(pieces, *consumers):
+    """Gives all pieces of a ring to each consumer(pieces), each in a thread of its own, while the
+    next piece is read: network, hash, proof and disk overlap (all release the GIL). Returns the
+    list of their results. The first error ends all and is raised when no thread is left.
+    """
+    errors = []
+    lanes = [(queue.Queue(), threading.Semaphore(BUFFERS)) for _ in consumers]
+
+    def lane(consumer, waiting, room):
+        def given():
+            for piece in iter(waiting.get, None):
+                yield piece
+                room.release()
+            if errors:  # then this is not the end of the export
+                raise errors[0]
+
+        source = given()
+        try:
+            return consumer(source)
+        except BaseException as error:
+            errors.append(error)
+            with contextlib.suppress(BaseException):
+                for _ in source:  # or the reader would wait for room
+                    pass
+
+    with ThreadPoolExecutor(len(consumers)) as threads:
+        jobs = [threads.submit(lane, consumer, *each) for consumer, each in zip(consumers, lanes)]
+        try:
+            source = iter(pieces)
+            while not errors:
+                for _, room in lanes:  # with it, no lane has a piece of the buffer that comes next
+                    room.acquire()
+                piece = next(source, None)
+                if piece is None:
+                    break
+                for waiting, _ in lanes:
+                    waiting.put(piece)
+        except BaseException as error:
+            errors.insert(0, error)  # a stop counts more than what it did to the consumers
+        finally:
+            for waiting, _ in lanes:
+                waiting.put(None)
+    if errors:
+        raise errors[0]
+    return [job.result() for job in jobs]
 
 
 class FileWriter:
@@ -1739,21 +2557,25 @@ class FileWriter:
     for a file server at every write.
     """
 
-    def __init__(self, path):
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    def __init__(self, name, dir_fd):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(native(name), flags, 0o600, dir_fd=dir_fd)
         self._written = self._synced = 0
         self._helper, self._flushed = ThreadPoolExecutor(1), None
 
-    def write(self, view):
-        while len(view):
-            count = os.write(self._fd, view)
-            view = view[count:]
-            self._written += count
-        if self._written - self._synced >= SYNC_EVERY:
-            if self._flushed:
-                self._flushed.result()
-            self._flushed = self._helper.submit(self._flush, self._synced, self._written)
-            self._synced = self._written
+    def write_all(self, pieces):
+        """Writes them all; returns the number of bytes."""
+        for view in pieces:
+            while len(view):
+                count = os.write(self._fd, view)
+                view = view[count:]
+                self._written += count
+            if self._written - self._synced >= SYNC_EVERY:
+                if self._flushed:
+                    self._flushed.result()
+                self._flushed = self._helper.submit(self._flush, self._synced, self._written)
+                self._synced = self._written
+        return self._written
 
     def _flush(self, start, end):
         os.fdatasync(self._fd)
@@ -1774,52 +2596,12 @@ class FileWriter:
         os.close(self._fd)
 
 
-def pump(readinto, *takers):
-    """Reads to the end into reused buffers and gives each piece to all takers, each in a thread of
-    its own, while the next piece is read: network, hash, check and disk overlap (all release the
-    GIL). Memory is bounded by BUFFERS * BUFFER bytes. Raises the first error of reader or takers.
-    """
-    # An mmap goes back to the system after use.
-    buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(BUFFERS)]
-    jobs = collections.deque()  # a future for each taker of each piece, the oldest piece first
-    with contextlib.ExitStack() as stack:
-        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in takers]
-        for buffer in itertools.cycle(buffers):
-            in_use = (BUFFERS - 1) * len(takers)  # what may be under way while `buffer` is filled
-            while jobs and (len(jobs) > in_use or jobs[0].done()):
-                jobs.popleft().result()
-            count = readinto(buffer)
-            if not count:
-                break
-            for thread, take in zip(threads, takers):
-                jobs.append(thread.submit(take, buffer[:count]))
-        for job in jobs:
-            job.result()
-
-
-# What came of an export: bytes, SHA-256 in hex, phrases of what was proved, task success or gone.
-Saved = collections.namedtuple("Saved", "size digest checks task_known")
-
-
-def save(export, path, checker):
-    """Streams an Export (entered here) into a new file, proved whole by the checker and the task,
-    and flushed to disk; returns Saved. Raises BackupError or OSError: then the file is no export.
-    """
+def hash_all(pieces):
+    """Their SHA-256 in hex."""
     digest = hashlib.sha256()
-    with contextlib.closing(checker), export, FileWriter(path) as writer:
-        try:
-            pump(export.readinto, writer.write, digest.update, checker.feed)
-            checks = checker.finish()
-        except (ArchiveError, ConnectionLost) as error:
-            export.stop.check()
-            told = None if export.reason else export.failure()
-            raise BackupError("the export is not whole: %s%s" % (
-                export.reason or error, "; the host says: %s" % told if told else "")) from None
-        export.stop.check()
-        known = export.verdict()
-        writer.finish()
-    checks = ["sha256"] + ["task"] * known + checks
-    return Saved(export.received, digest.hexdigest(), checks, known)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync(fd):
@@ -1831,55 +2613,100 @@ def sync(fd):
             raise
 
 
-def sync_folder(path):
-    """Makes new names in a folder survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync(fd)
-    finally:
-        os.close(fd)
+# What came of an export: bytes, SHA-256 in hex, phrases of what was proved, whether the task's
+# success is known (else it is gone), seconds from the first byte to the last flush.
+Saved = collections.namedtuple("Saved", "size digest checks task_known seconds")
 
 
-class Lock:
-    """An exclusive lock on a VM's folder: flock on backup_dir/.NAME.lock, which the kernel lets go
-    when the process dies, and which holds between the hosts of an NFS share. The file is removed
-    at the end. supported is False where the file system has no locks."""
-
-    def __init__(self, backup_dir, name):
-        self._path = path = os.path.join(backup_dir, native(".%s.lock" % name))
-        self.supported = True
-        while True:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                    self.supported = False
-                    return
-                os.close(self._fd)
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise LockedError("another run holds the lock of %s" % name) from None
-                raise
-            # The holder before may have removed the file between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._fd), os.stat(path)):
-                    return
-            os.close(self._fd)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-        os.close(self._fd)
+def save(stream, name, dir_fd, prove):
+    """Streams a Stream (entered here) into a new file in the folder dir_fd, proved whole by
+    prove(pieces) and the task, and flushed to disk; returns Saved. Raises BackupError or OSError:
+    then the file is no export."""
+    with stream, FileWriter(name, dir_fd) as writer:
+        begin = time.monotonic()
+        try:
+            size, digest, checks = fan_out(
+                ring(stream.readinto), writer.write_all, hash_all, prove)
+        except (ArchiveError, ConnectionLost) as error:
+            told = stream.failure()
+            raise BackupError("the export is not whole: %s%s" % (
+                error, "; the host says: %s" % told if told else "")) from None
+        known = stream.verdict()
+        writer.finish()
+        seconds = time.monotonic() - begin
+    return Saved(size, digest, ["sha256"] + ["task"] * known + checks, known, seconds)
 
 
-# ============================== the backup of one VM ==============================
+# ============================== snapshot, target, the plan ==============================
+#
+# A Plan says what will be done with one VM: pure, so preview prints it and the run carries it out.
+# Snapshot touches the pool alone, Target the disk alone. Snapshot.destroy is the one place that
+# destroys something on the pool in a backup; on disk it is remove_folder.
 
 # A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
 Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
-DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a disk
+# expected: bytes. kept: {name: reasons}. doomed: names, oldest first. refusal: None, or (word of
+# the status log, error).
+Plan = collections.namedtuple(
+    "Plan", "choice ref vm disks file policy expected kept doomed notes refusal")
+
+DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a snapshot
+RECOVERY = 240  # seconds that cleaning up waits for a host whose toolstack restarts
+RECOVERY_AT_STOP = 20  # the same once a stop was asked for
+TOUCH_EVERY = 60  # seconds after which a running backup touches its unfinished.partial
+ABANDONED_AFTER = 900  # seconds since the last touch after which another machine's is abandoned
+TOKEN = re.compile(r"([^,\s/]+),([^,\s/]+),([0-9]+),([0-9]+),([0-9a-f]{32})")
+BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
+GONE_FOR_NOW = ("CONNECTION_LOST", "SESSION_INVALID", "HOST_STILL_BOOTING")
+# Refusals that only a snapshot meets: a halted VM can be exported as it is all the same.
+ONLY_SNAPSHOTS = ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "SR_OPERATION_NOT_SUPPORTED",
+                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS")
+
+
+class Outcome:
+    """What became of one VM (or the pool database): for log, status log, mail and report."""
+
+    def __init__(self, kind, name, log):
+        self.kind, self.name, self._log = kind, name, log
+        self.uuid = self.folder = self.file = self.sha256 = self.error = None
+        self.status = "ERROR"  # upstream's word for the step that is under way
+        self.bytes, self.seconds, self.transfer_seconds, self.attempts = 0, 0.0, 0.0, 0
+        self.locked = self.final = self.skipped = False
+        self.checks, self.warnings, self.notes, self.pruned = [], [], [], []
+
+    @property
+    def result(self):
+        if self.skipped:
+            return "SKIPPED"
+        return "ERROR" if self.error else "WARNING" if self.warnings else "SUCCESS"
+
+    def say(self, text):
+        self._log("%s: %s" % (self.name, text))
+
+    def note(self, text):
+        self.notes.append(text)
+        self.say("NOTE - %s" % text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+        self.say("WARNING %s" % text)
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Takes the time of one attempt, and keeps its error instead of letting it out."""
+        begin, self.error, self.status = time.monotonic(), None, "ERROR"
+        self.attempts += 1
+        try:
+            yield
+        except (Exception, Interrupted) as error:
+            self.error, self.final = reason_of(error), getattr(error, "final", False)
+            self.locked = isinstance(error, LockedError)
+            self.status = "ERROR locked" if self.locked else self.status
+            debug(error, self.say)
+        self.seconds += time.monotonic() - begin
+
+
+# --- the plan ---
 
 
 def list_disks(vbds, vdis):
@@ -1904,20 +2731,46 @@ def first_disk(disks):
     return next((disk for disk in disks if disk.vbd["userdevice"] == "0"), None)
 
 
-def export_file(settings, choice):
-    """The file name of a VM's export, as text."""
+def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=None):
+    """The Plan for one VM. Pure.
+
+    vm, disks: its record and Disks. folders: the Folders in its folder. free: bytes that it may
+    take, None if that is not to be checked. probe: the error of a folder name that backup_dir
+    refuses. srs: {ref: record} of the storage repositories.
+    """
     suffix = {"False": "xva", "zstd": "xva.zst"}.get(settings.compress, "xva.gz")
     if choice.kind == "vdi-export":
         suffix = settings.vdi_export_format
-    return "%s.%s" % (folder_name(choice.name), suffix)
+    file, policy = "%s.%s" % (folder_name(choice.name), suffix), settings.policy(choice.keep)
+    last = [item.size for item in backups(folders) if item.export == native(file) and item.size]
+    expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
+    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"])
+    stay = kept(folders + [new], policy, new.name, vm["uuid"])
+    doomed = expired(folders + [new], policy, new.name, vm["uuid"])
+    notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
+              " not needed" % name for name, why in stay.items() if why == ["another VM's"]]
+    refusal = _unnamed(choice, disks) or (("ERROR", probe) if probe else None)
+    told = None if refusal else _no_snapshot(choice, vm, disks, srs or {})
+    if told and _as_it_is(choice, vm, disks, told):
+        notes.append("halted, and cannot be snapshotted (%s): exported as it is" % told.code)
+    elif told:
+        word = "SNAPSHOT-FAIL" if choice.kind == "vm-export" else "VDI-SNAPSHOT-FAIL"
+        refusal = (word, told)
+    if settings.pre_clean and free is not None:
+        early = expired(folders, policy, uuid=vm["uuid"], pre_clean=True)
+        free += sum(item.size for item in folders if item.name in early)
+    if not refusal and free is not None and expected > free:
+        refusal = ("ERROR space", Refused(
+            "not enough space in %s: %s to expect, %s free (make room there, set pre_clean=True to"
+            " delete the oldest backup first, or space_check=False to try all the same)"
+            % (settings.backup_dir, size_text(expected), size_text(max(free, 0)))))
+    return Plan(choice, choice.refs[0], vm, disks, file, policy, expected, stay, doomed, notes,
+                refusal)
 
 
-def last_size(vm_dir, folders, file_name):
-    """Bytes of this file in the newest backup that has it, or None."""
-    for item in reversed(backups(folders)):
-        with contextlib.suppress(OSError):
-            return os.path.getsize(os.path.join(vm_dir, item.name, native(file_name)))
-    return None
+def left_out_texts(disks):
+    return ["disk %s (%s) is left out" % (disk.label, disk.vdi["name_label"])
+            for disk in disks if disk.left_out]
 
 
 def expected_size(kind, settings, disks, last):
@@ -1937,523 +2790,894 @@ def expected_size(kind, settings, disks, last):
     return total
 
 
-def check_space(backup_dir, expected, reserved=0):
-    """Raises BackupError with both figures if `expected` bytes do not fit."""
-    free = shutil.disk_usage(backup_dir).free - reserved
-    if expected > free:
-        raise BackupError("not enough space in %s: %s to expect, %s free (delete something, lower"
-                          " max_backups, or set pre_clean=True or space_check=False)"
-                          % (backup_dir, size_text(expected), size_text(max(free, 0))))
+def _unnamed(choice, disks):
+    """Why a vdi-export has no disk to take, as a refusal, or None."""
+    if choice.kind == "vdi-export":
+        disk = first_disk(disks)
+        if disk is None:
+            return "ERROR xvda-uuid not found", Refused(
+                "the VM has no first disk (xvda, hda, sda or userdevice 0)")
+        if disk.left_out:
+            return "ERROR xvda-uuid not found", Refused("its first disk is marked [NOBAK]")
+    return None
 
 
-def is_ours(snapshot, source_ref, source, our_name):
-    """Whether this program made a snapshot (of a VM or VDI): our exact name or our key.
+def _no_snapshot(choice, vm, disks, srs):
+    """The XapiError with which the host will refuse the snapshot, as far as records tell; else
+    None. For a vdi-export only what concerns the disk counts (xapi_vm_lifecycle.ml)."""
+    whole = choice.kind == "vm-export"
+    blocked = vm.get("blocked_operations", {}).get("snapshot")
+    if whole and blocked is not None:
+        return XapiError(["OPERATION_BLOCKED", blocked], "VM.snapshot")
+    for disk in disks if whole else [first_disk(disks)]:
+        sr, who = srs.get(disk.vdi["SR"], {}), "disk %s (%s)" % (disk.label, disk.vdi["name_label"])
+        if disk.left_out:
+            continue
+        if disk.vdi.get("sharable"):
+            return XapiError(["VDI_IS_SHARABLE", who])
+        if disk.vdi.get("on_boot") == "reset":
+            return XapiError(["VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", who])
+        allowed = sr.get("allowed_operations")
+        if allowed and "vdi_snapshot" not in allowed and not sr.get("current_operations"):
+            return XapiError(["SR_OPERATION_NOT_SUPPORTED", who])
+    if whole and vm.get("VUSBs"):
+        return XapiError(["VM_HAS_VUSBS"])
+    allowed = vm.get("allowed_operations")
+    if whole and allowed and "snapshot" not in allowed and not vm.get("current_operations"):
+        return XapiError(["OPERATION_NOT_ALLOWED", "the host allows no snapshot of this VM"])
+    return None
 
-    other_config is copied with every snapshot, and comes back with a restored VM: a key that names
-    another snapshot (see key_of), or that the source bears as well, was inherited, no proof.
+
+def _as_it_is(choice, vm, disks, error):
+    """Whether a VM whose snapshot is refused so can be exported without one."""
+    blocked = "export" in vm.get("blocked_operations", {})
+    return (choice.kind == "vm-export" and vm["power_state"] == "Halted" and not blocked
+            and error.code in ONLY_SNAPSHOTS + ("OPERATION_NOT_ALLOWED",)
+            and not any(disk.left_out for disk in disks))
+
+
+# --- the snapshot ---
+
+
+def key_of(record):
+    """The value of other_config's OUR_KEY that marks just this snapshot."""
+    return "snapshot=%s" % record["uuid"]
+
+
+def is_ours(record, source, our_name):
+    """Whether this program made a snapshot of `source` (the ref of a VM or VDI): it bears exactly
+    our name, or our key with its own uuid. Anything else in the key was inherited: other_config is
+    copied with every snapshot, and comes back with a restored VM."""
+    return (record["is_a_snapshot"] and record["snapshot_of"] == source
+            and (record["name_label"] == our_name
+                 or record["other_config"].get(OUR_KEY) == key_of(record)))
+
+
+class Snapshot:
+    """The snapshot of a planned VM, or of the disk that vdi-export takes: proved new, marked ours,
+    made ready for the export, and destroyed at the end whatever happens.
+
+    ref, record, disks: of what is exported. `outcome` hears what happens.
     """
-    if not snapshot["is_a_snapshot"] or snapshot["snapshot_of"] != source_ref:
-        return False
-    tag = snapshot["other_config"].get(OUR_KEY)
-    if snapshot["name_label"] == our_name or tag == key_of(snapshot):
-        return True
-    inherited = tag == source["other_config"].get(OUR_KEY) or str(tag).startswith("snapshot=")
-    return tag is not None and not inherited
 
+    def __init__(self, xapi, watch, plan, outcome):
+        self._xapi, self._watch, self._plan, self._outcome = xapi, watch, plan, outcome
+        self.of_vm = plan.choice.kind == "vm-export"
+        self._kind = "VM" if self.of_vm else "VDI"
+        self._disk = None if self.of_vm else first_disk(plan.disks)
+        self._source = plan.ref if self.of_vm else self._disk.ref
+        self._name = "RESTORE_" + plan.choice.name if self.of_vm else self._disk_name(self._disk)
+        self._made = None  # the ref of a snapshot that this process proved to be its own
+        self.ref, self.record, self.disks = None, None, []
 
-def key_of(snapshot):
-    """The value of OUR_KEY that marks just this snapshot."""
-    return "snapshot=%s" % snapshot["uuid"]
+    def _disk_name(self, disk):
+        name = "SNAP_%s_%s" % (self._plan.choice.name, disk.vdi["name_label"])
+        return name.replace(" ", "-")
 
-
-class Outcome:
-    """What became of one VM (or the pool database): for log, status log, mail and report."""
-
-    def __init__(self, kind, name):
-        self.kind, self.name = kind, name
-        self.uuid = self.folder = self.file = self.error = None
-        self.status = "ERROR"  # upstream's word for the step that is under way
-        self.bytes, self.seconds, self.locked = 0, 0.0, False
-        self.checks, self.warnings, self.pruned = [], [], []
-
-    @property
-    def result(self):
-        return "ERROR" if self.error else "WARNING" if self.warnings else "SUCCESS"
-
-    @contextlib.contextmanager
-    def recorded(self):
-        """Takes the time of what runs inside, and keeps its error instead of letting it out."""
-        begin = time.monotonic()
+    def __enter__(self):
+        self.sweep()
+        self._outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
+        known = set(self._xapi.call(self._kind + ".get_snapshots", self._source))
         try:
-            yield
-        except LockedError as error:
-            self.error, self.locked, self.status = str(error), True, "ERROR locked"
-        except Exception as error:
-            self.error = reason_of(error)
-        self.seconds = time.monotonic() - begin
+            self.ref = self._take()
+            self.record = self._prove(self.ref, known)
+        except (BackupError, Interrupted) as error:
+            self._look_for_lost(known)
+            if isinstance(error, XapiError) and error.code in ONLY_SNAPSHOTS and self._stands():
+                return self._without(error)
+            raise
+        self._made = self.ref
+        try:
+            self._watch.check()
+            self._make_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        self._outcome.say("snapshot %s taken" % self._name)
+        return self
 
+    def stream(self, settings, activity):
+        """The Stream of the export."""
+        if not self.of_vm:
+            query = {"vdi": self.ref, "format": settings.vdi_export_format}
+            return Stream(self._xapi, "/export_raw_vdi", query, activity)
+        query = {"ref": self.ref}
+        if settings.compress != "False":
+            query["use_compression"] = "zstd" if settings.compress == "zstd" else "true"
+        return Stream(self._xapi, "/export", query, activity)
 
-class VmBackup:
-    """One VM's backup. `run` gives settings, log, stop, patterns and the reserved space."""
+    def prover(self, file):
+        """What proves the export: the size of the disk, or the disks that have to be in it."""
+        size = None if self.of_vm else int(self.record["virtual_size"])
+        return prover(file, size, [disk.vdi["uuid"] for disk in self.disks])
 
-    def __init__(self, run, xapi, choice):
-        self.run, self.xapi, self.choice = run, xapi, choice
-        self.settings, self.stop = run.settings, run.stop
-        self.name, self.file_name = folder_name(choice.name), export_file(run.settings, choice)
-        self.vm_dir = os.path.join(self.settings.backup_dir, native(self.name))
-        self.outcome = Outcome(choice.kind, choice.name)
-        self.folder, self.made_vm_dir = None, False
-        self.sums = []  # (file below the folder, SHA-256)
-        self.vm_ref = self.vm = None
-        self.disks = []
+    def sweep(self):
+        """Destroys what a killed run left on the pool, and nothing else."""
+        snapshots = self._xapi.call("VM.get_snapshots", self._plan.ref)
+        for ref, record in self._xapi.records("VM", snapshots).items():
+            if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
+                self._outcome.say("removing the leftover snapshot %s" % record["uuid"])
+                self.destroy("VM", ref, self._plan.ref, "RESTORE_" + self._plan.choice.name)
+        for disk in self._plan.disks:
+            for ref, record in self._xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
+                if is_ours(record, disk.ref, self._disk_name(disk)):
+                    self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
+                    self.destroy("VDI", ref, disk.ref, self._disk_name(disk))
 
-    def log(self, text):
-        self.run.log("%s: %s" % (self.choice.name, text))
+    def _take(self):
+        """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
+        if not self.of_vm:
+            return self._xapi.run_task("VDI.snapshot", self._source, {})
+        left_out = [disk.ref for disk in self._plan.disks if disk.left_out]
+        options = [left_out] if left_out else []
+        try:
+            return self._xapi.run_task("VM.snapshot", self._source, self._name, *options)
+        except XapiError as error:
+            if error.code != "MESSAGE_PARAMETER_COUNT_MISMATCH" or not left_out:
+                raise
+        return self._xapi.run_task("VM.snapshot", self._source, self._name)  # before 21.4.0
 
-    def warn(self, text):
-        self.outcome.warnings.append(text)
-        self.log("WARNING %s" % text)
+    def _prove(self, ref, known):
+        """The record of a new snapshot of the source; BackupError, with nothing changed, if the
+        ref leads to anything else."""
+        record = self._xapi.call(self._kind + ".get_record", ref)
+        if not record["is_a_snapshot"] or record["snapshot_of"] != self._source or ref in known:
+            raise BackupError("the host named %s %s as the new snapshot, and it is none: nothing of"
+                              " it was changed" % (self._kind, record["uuid"]))
+        return record
 
-    def back_up(self):
-        """Does it all and returns the Outcome; an error is in it."""
-        keep = self.choice.keep or self.settings.max_backups
-        with self.outcome.recorded():
-            self._check_name()
-            with Lock(self.settings.backup_dir, self.name) as lock:
-                if not lock.supported:
-                    self.warn("this file system has no locks: never run two backups into it at"
-                              " once")
-                self._look_up_vm()
-                existing = self._make_vm_folder()
-                try:
-                    self._remove_leftover_snapshots()
-                    self._remove_unfinished(existing)
-                    if self.settings.pre_clean:
-                        self._prune(max(keep - 1, 1))
-                    expected = self._expected(existing)
-                    self.run.reserved[self.choice.name] = expected
-                    self._make_folder()
-                    if self.choice.kind == "vm-export":
-                        self._export_vm(expected)
-                    else:
-                        self._export_vdi(expected)
-                except BaseException:
-                    self._discard()
+    def _make_ready(self):
+        """Marks the snapshot, so that the next run knows it, and prepares it for the export."""
+        call, record = self._xapi.call, self.record
+        self._outcome.status = "TEMPLATE-PARAM-SET-FAIL" if self.of_vm else "VDI-PARAM-SET-FAIL"
+        if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
+            call(self._kind + ".remove_from_other_config", self.ref, OUR_KEY)
+        call(self._kind + ".add_to_other_config", self.ref, OUR_KEY, key_of(record))
+        if not self.of_vm:
+            call("VDI.set_name_label", self.ref, self._name)
+            self.disks = [self._disk]
+            return
+        if record["is_a_template"]:  # or an import of the XVA would give a template
+            call("VM.set_is_a_template", self.ref, False)
+        if record.get("ha_restart_priority"):
+            try:
+                call("VM.set_ha_restart_priority", self.ref, "")
+            except XapiError as error:
+                if error.code != "RBAC_PERMISSION_DENIED":  # that takes a pool-operator
                     raise
-                finally:
-                    self.run.reserved.pop(self.choice.name, None)
-                self._prune(keep, newest=os.path.basename(self.folder))
-        return self.outcome
-
-    # --- before the snapshot ---
-
-    def _check_name(self):
-        several = len(self.choice.refs)
-        if several != 1:
-            self.outcome.status = "ERROR verify_vm_name"
-            raise BackupError("%d VMs bear this name: rename all but one" % several if several
-                              else "no VM bears this name")
-
-    def _look_up_vm(self):
-        self.vm_ref = self.choice.refs[0]
-        self.vm = self.xapi.records("VM", [self.vm_ref]).get(self.vm_ref)
-        if self.vm is None:
-            raise BackupError("the VM was deleted since this run began")
-        self.outcome.uuid = self.vm["uuid"]
-        if self.vm["name_label"] != self.choice.name:
-            self.warn("the VM is now called %s" % self.vm["name_label"])
-        self.disks = self._disks_of(self.vm)
-        for disk in self.disks:
-            if disk.left_out:
-                self.log("disk %s (%s) is left out" % (disk.label, disk.vdi["name_label"]))
-        self.log("is %s, %d disks" % (self.vm["power_state"].lower(), len(self.disks)))
-
-    def _disks_of(self, vm):
-        vbds = self.xapi.records("VBD", vm["VBDs"]).values()
-        return list_disks(vbds, self.xapi.records("VDI", [vbd["VDI"] for vbd in vbds]))
-
-    def _make_vm_folder(self):
-        if os.path.islink(self.vm_dir):
-            raise BackupError("%s is a symbolic link: refused" % self.vm_dir)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.vm_dir, 0o700)
-            self.made_vm_dir = True
-        # On a file system that takes a and A for the same it may be another VM's.
-        if native(self.name) not in os.listdir(self.settings.backup_dir):
-            raise BackupError("%s belongs to a VM whose name differs only in case" % self.vm_dir)
-        return list_folders(self.vm_dir, self.run.patterns)
-
-    def _remove_leftover_snapshots(self):
-        """What a killed run left on the pool, and nothing else."""
-        for ref, record in self.xapi.records("VM", self.vm["snapshots"]).items():
-            if is_ours(record, self.vm_ref, self.vm, "RESTORE_" + self.choice.name):
-                self.log("removing the leftover snapshot %s" % record["uuid"])
-                self._destroy("VM", ref, self.vm_ref)
-        disks = {disk.ref: disk for disk in self.disks}
-        refs = [ref for disk in self.disks for ref in disk.vdi.get("snapshots", [])]
-        for ref, record in self.xapi.records("VDI", refs).items():
-            disk = disks.get(record["snapshot_of"])
-            if disk and is_ours(record, disk.ref, disk.vdi, self._vdi_snapshot_name(disk)):
-                self.log("removing the leftover VDI snapshot %s" % record["uuid"])
-                self._destroy("VDI", ref, disk.ref)
-
-    def _remove_unfinished(self, existing):
-        for item in existing:
-            if item.created is None or not (item.marker or item.partial):
-                self.log("%s is no backup of this program: left alone" % item.name)
-            elif not item.marker:
-                self.log("removing the unfinished backup %s" % item.name)
-                self._try_remove(os.path.join(self.vm_dir, item.name))
-
-    def _try_remove(self, path):
-        try:
-            remove_folder(path)
-            return True
-        except (OSError, BackupError) as error:
-            self.warn("%s could not be removed: %s" % (os.path.basename(path), describe(error)))
-            return False
-
-    def _prune(self, keep, newest=None):
-        for name in expired(list_folders(self.vm_dir, self.run.patterns), keep, newest):
-            self.log("deleting the oldest backup %s" % name)
-            if self._try_remove(os.path.join(self.vm_dir, name)):
-                self.outcome.pruned.append(name)
-
-    def _expected(self, existing):
-        last = last_size(self.vm_dir, existing, self.file_name)
-        expected = expected_size(self.choice.kind, self.settings, self.disks, last)
-        if self.settings.space_check:
-            self.outcome.status = "ERROR space"
-            here = {export.what: export.received for export in list(self.stop.exports)}
-            reserved = sum(max(size - here.get(name, 0), 0)
-                           for name, size in list(self.run.reserved.items()))
-            check_space(self.settings.backup_dir, expected, reserved)
-            self.outcome.status = "ERROR"
-        return expected
-
-    def _make_folder(self):
-        moment, tried = datetime.datetime.now(), ""
-        while not self.folder:
-            name = native(moment.strftime(self.settings.backup_dir_pattern))
-            if name != tried:  # a pattern may have no seconds
-                with contextlib.suppress(FileExistsError):  # two at once, or a clock set back
-                    os.mkdir(os.path.join(self.vm_dir, name), 0o700)
-                    self.folder = os.path.join(self.vm_dir, name)
-            tried = name
-            moment += datetime.timedelta(seconds=1)
-        self._write_file(UNFINISHED, "", listed=False)
-        self.log("new backup folder %s" % self.folder)
-
-    def _discard(self):
-        """After a failure: our unfinished folder goes, what was there before stays."""
-        if self.folder and not self.outcome.folder:
-            self._try_remove(self.folder)
-        if self.made_vm_dir:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.vm_dir)  # succeeds on an empty folder only
-
-    # --- snapshot and export ---
-
-    def _export_vm(self, expected):
-        self.outcome.status = "SNAPSHOT-FAIL"
-        snapshot = self._snapshot_vm([disk.ref for disk in self.disks if disk.left_out])
-        try:
-            self.stop.check()
-            self.outcome.status = "TEMPLATE-PARAM-SET-FAIL"
-            record = self._mark("VM", snapshot)
-            if record["is_a_template"]:  # or an import of the XVA would give a template
-                self.xapi.call("VM.set_is_a_template", snapshot, False)
-            if record.get("ha_restart_priority"):
-                self.xapi.call("VM.set_ha_restart_priority", snapshot, "")
-            self.outcome.status = "VM-EXPORT-FAIL"
-            disks = self._disks_of(record)
-            self._check_disks(disks)
-            self._metadata(record, [disk for disk in disks if not disk.left_out])
-            for disk in disks:
-                if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
-                    if not disk.vdi["is_a_snapshot"]:
-                        raise BackupError("disk %s cannot be left out on this host" % disk.label)
-                    self._insist("VDI.destroy", disk.ref)
-            query = {"ref": snapshot}
-            if self.settings.compress != "False":
-                query["use_compression"] = "zstd" if self.settings.compress == "zstd" else "true"
-            uuids = [disk.vdi["uuid"] for disk in disks if not disk.left_out]
-            self._stream("/export", query, make_checker(self.file_name, uuids=uuids), expected)
-        finally:
-            self._destroy("VM", snapshot, self.vm_ref)
-
-    def _check_disks(self, disks):
-        """Raises BackupError if the snapshot's disks are not those that the VM had before it."""
-        taken = {disk.vbd["userdevice"] for disk in disks}
-        lost = [d.label for d in self.disks if not d.left_out and d.vbd["userdevice"] not in taken]
+                self._outcome.warn("the backup keeps the VM's HA priority: %s" % error)
+        self.disks = disks_of(self._xapi, record)
+        there = {disk.vbd["userdevice"] for disk in self.disks}
+        lost = [disk.label for disk in self._plan.disks
+                if not disk.left_out and disk.vbd["userdevice"] not in there]
         if lost:
             raise BackupError("the snapshot lacks the disk %s: somebody removed it meanwhile"
                               % ", ".join(lost))
+        for disk in self.disks:
+            if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
+                if not disk.vdi["is_a_snapshot"]:
+                    raise BackupError("disk %s cannot be left out on this host" % disk.label)
+                call("VDI.destroy", disk.ref)
+        self.disks = [disk for disk in self.disks if not disk.left_out]
 
-    def _snapshot_vm(self, left_out):
-        arguments = [self.vm_ref, "RESTORE_" + self.choice.name]
+    def _stands(self):
+        """Whether the VM is still halted, and nothing of it has to be left out."""
+        vm = self._xapi.call("VM.get_record", self._plan.ref)
+        return self.of_vm and vm["power_state"] == "Halted" and not any(
+            disk.left_out for disk in self._plan.disks)
+
+    def _without(self, error):
+        self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
+        self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
+                           " is, and a start waits until that has ended" % error.code)
+        return self
+
+    def _look_for_lost(self, known):
+        """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
-            try:
-                options = [left_out] if left_out else []
-                ref = self.xapi.run_task(self.stop, "VM.snapshot", *(arguments + options))
-            except XapiError as error:
-                if error.code != "MESSAGE_PARAMETER_COUNT_MISMATCH" or not left_out:
-                    raise
-                ref = self.xapi.run_task(self.stop, "VM.snapshot", *arguments)
-        except BackupError:
-            # Whether it came to be is unknown if the connection broke: look, and clean up.
-            with contextlib.suppress(BackupError):
-                self.vm = self.xapi.call("VM.get_record", self.vm_ref)
-                self._remove_leftover_snapshots()
-            raise
-        self.log("snapshot RESTORE_%s taken" % self.choice.name)
-        return ref
+            found = patiently(self._watch, lambda: self._new_since(known))
+        except BackupError as error:
+            self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
+                               " for %s" % (error, "snapshot-list" if self.of_vm else "vdi-list",
+                                            self._name))
+            return
+        if len(found) > 1 and not self.of_vm:
+            uuids = ", ".join(record["uuid"] for record in found.values())
+            self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
+                               " they are left alone" % (self._disk.label, uuids))
+            return
+        for ref in found:
+            self._made = ref
+            self.destroy(self._kind, ref, self._source, self._name)
 
-    def _vdi_snapshot_name(self, disk):
-        return ("SNAP_%s_%s" % (self.choice.name, disk.vdi["name_label"])).replace(" ", "-")
+    def _new_since(self, known):
+        """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
+        those with our name; of a disk, which bears no mark yet, those that no VM has."""
+        new = [ref for ref in self._xapi.call(self._kind + ".get_snapshots", self._source)
+               if ref not in known]
+        return {ref: record for ref, record in self._xapi.records(self._kind, new).items()
+                if record["is_a_snapshot"] and record["snapshot_of"] == self._source
+                and (record["name_label"] == self._name if self.of_vm else not record["VBDs"])}
 
-    def _export_vdi(self, expected):
-        self.outcome.status = "ERROR xvda-uuid not found"
-        disk = first_disk(self.disks)
-        if disk is None:
-            raise BackupError("the VM has no first disk (xvda, hda, sda or userdevice 0)")
-        if disk.left_out:
-            raise BackupError("its first disk is marked [NOBAK]")
-        self.outcome.status = "VDI-SNAPSHOT-FAIL"
-        snapshot = self._snapshot_vdi(disk)
+    def __exit__(self, *_error):
+        if self._made:
+            self.destroy(self._kind, self._made, self._source, self._name)
+        elif self.ref == self._plan.ref and self.of_vm:
+            self._outcome.say("the export of the VM itself has ended: it can be started again")
+
+    def destroy(self, kind, ref, source, our_name):
+        """Destroys one of our snapshots, however often it takes. A failure is a warning."""
         try:
-            self.outcome.status = "VDI-PARAM-SET-FAIL"
-            record = self._mark("VDI", snapshot)
-            self.stop.check()
-            self.xapi.call("VDI.set_name_label", snapshot, self._vdi_snapshot_name(disk))
-            self.log("snapshot %s taken" % self._vdi_snapshot_name(disk))
-            self.outcome.status = "VDI-EXPORT-FAIL"
-            self._metadata(self.vm, self.disks)
-            query = {"vdi": snapshot, "format": self.settings.vdi_export_format}
-            checker = make_checker(self.file_name, int(record["virtual_size"]))
-            self._stream("/export_raw_vdi", query, checker, expected)
-        finally:
-            self._destroy("VDI", snapshot, disk.ref)
-
-    def _snapshot_vdi(self, disk):
-        try:
-            return self.xapi.run_task(self.stop, "VDI.snapshot", disk.ref, {})
-        except BackupError:
-            # Not marked yet, one that came to be all the same cannot be told from anybody's.
-            with contextlib.suppress(BackupError):
-                new = set(self.xapi.call("VDI.get_snapshots", disk.ref))
-                new.difference_update(disk.vdi.get("snapshots", []))
-                for record in self.xapi.records("VDI", new).values():
-                    self.warn("look whether the new snapshot of disk %s is this run's, VDI %s: it"
-                              " is left alone" % (disk.label, record["uuid"]))
-            raise
-
-    def _mark(self, kind, snapshot):
-        """Marks a new snapshot as ours; returns its record."""
-        record = self.xapi.call(kind + ".get_record", snapshot)
-        if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
-            self.xapi.call(kind + ".remove_from_other_config", snapshot, OUR_KEY)
-        self.xapi.call(kind + ".add_to_other_config", snapshot, OUR_KEY, key_of(record))
-        return record
-
-    def _destroy(self, kind, ref, source):
-        """Destroys a snapshot that is proved one of `source`, a VM's disks before the VM: so its
-        record, by which the next run knows it, is the last to go. A failure is a warning."""
-        try:
-            record = self.xapi.call(kind + ".get_record", ref)
-            if not record["is_a_snapshot"] or record["snapshot_of"] != source:
-                raise BackupError("it is not a snapshot of this VM: left alone")
-            for pause in DETACH_PAUSES:
-                if record.get("current_operations"):
-                    time.sleep(pause)
-                    record = self.xapi.call(kind + ".get_record", ref)
-            if record.get("current_operations"):
-                raise BackupError("something else is working on it")
-            if kind == "VM":
-                vbds = self.xapi.records("VBD", record["VBDs"]).values()
-                vdis = [vbd["VDI"] for vbd in vbds if vbd["type"] == "Disk"]
-                vdis.append(record.get("suspend_VDI", NULL))
-                for vdi_ref, vdi in self.xapi.records("VDI", vdis).items():
-                    if vdi["is_a_snapshot"]:
-                        self._insist("VDI.destroy", vdi_ref)
-            self._insist(kind + ".destroy", ref)
-            self.log("snapshot destroyed")
+            patiently(self._watch, lambda: self._attempt(kind, ref, source, our_name))
+            self._outcome.say("snapshot destroyed")
         except Exception as error:
-            if getattr(error, "code", "") != "HANDLE_INVALID":
-                self.warn("the snapshot %s could not be destroyed, the next run tries again: %s"
-                          % (ref, reason_of(error)))
+            uuid = self.record["uuid"] if self.record and ref == self.ref else ref
+            self._outcome.warn(
+                "the snapshot %s could not be destroyed, the next run tries again: %s (by hand: xe"
+                " %s uuid=%s)" % (uuid, reason_of(error),
+                                  "snapshot-uninstall" if kind == "VM" else "vdi-destroy", uuid))
 
-    def _insist(self, method, ref):
-        """Destroys again while the host still holds the disk: the export's task ends before dom0
-        has let go of it (xen-api#4339)."""
-        for pause in DETACH_PAUSES + (None,):
+    def _attempt(self, kind, ref, source, our_name):
+        """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
+        which the next run knows it, is the last to go. Whoever repeats it does no harm."""
+        record = self._xapi.records(kind, [ref]).get(ref)
+        if record is None:
+            return
+        mine = ref == self._made and record["is_a_snapshot"] and record["snapshot_of"] == source
+        if not mine and not is_ours(record, source, our_name):
+            raise Refused("it is not this program's snapshot: left alone")
+        if record.get("current_operations"):
+            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
+        if kind == "VM":
+            own = self._xapi.records("VBD", record["VBDs"])
+            vdis = [vbd["VDI"] for vbd in own.values() if vbd["type"] == "Disk"]
+            vdis.append(record.get("suspend_VDI", NULL))
+            for vdi_ref, vdi in self._xapi.records("VDI", vdis).items():
+                others = self._xapi.records("VBD", set(vdi["VBDs"]) - set(own))
+                users = self._xapi.records("VM", [vbd["VM"] for vbd in others.values()])
+                # dom0 reads a disk while it is exported, and lets go of it a little later.
+                if not all(vm["is_control_domain"] for vm in users.values()):
+                    self._outcome.warn("disk %s of the snapshot is on another VM: left alone"
+                                       % vdi["uuid"])
+                elif vdi["is_a_snapshot"]:
+                    destroy(self._xapi, "VDI.destroy", vdi_ref)
+        destroy(self._xapi, kind + ".destroy", ref)
+
+
+def destroy(xapi, method, ref):
+    """VM.destroy and its like; what is gone already is fine."""
+    try:
+        xapi.call(method, ref)
+    except XapiError as error:
+        if error.code != "HANDLE_INVALID":
+            raise
+
+
+def patiently(watch, action):
+    """Does what cleans up: again while the host still holds a disk (an export's task ends before
+    dom0 has let go of it, xen-api#4339), and while its toolstack is away."""
+    pauses, begin = list(DETACH_PAUSES), time.monotonic()
+    while True:
+        try:
+            return action()
+        except XapiError as error:
+            patience = RECOVERY_AT_STOP if watch.signum else RECOVERY
+            away = error.code in GONE_FOR_NOW and time.monotonic() - begin < patience
+            if not away and not (error.code in BUSY and pauses):
+                raise
+            time.sleep(2 if away else pauses.pop(0))
+
+
+def disks_of(xapi, vm):
+    """The Disks of a VM's record."""
+    vbds = xapi.records("VBD", vm["VBDs"]).values()
+    return list_disks(vbds, xapi.records("VDI", [vbd["VDI"] for vbd in vbds]))
+
+
+# --- the disk ---
+
+
+class Lock:
+    """A lock in backup_dir, given as a descriptor: flock on .NAME.KIND, which the kernel lets go
+    when the process dies, and which holds between the hosts of an NFS share. The file tells who
+    has it, and goes at the end. supported is False where the file system has no locks.
+
+    kind `lock`: of the backup of a VM; `read.lock`: shared by those who read its backups, and
+    taken alone by who deletes some. Raises LockedError.
+    """
+
+    def __init__(self, top, name, kind="lock", shared=False):
+        self._top, self._file = top, native(".%s.%s" % (name, kind))
+        self.supported = True
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        while True:
+            self._fd = os.open(self._file, flags, 0o600, dir_fd=top)
             try:
-                self.xapi.call(method, ref)
-                return
-            except XapiError as error:
-                if error.code == "HANDLE_INVALID":
+                fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                    self.supported = False
                     return
-                again = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS", "CONNECTION_LOST")
-                if pause is None or error.code not in again:
-                    raise
-                time.sleep(pause)
+                holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
+                os.close(self._fd)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise LockedError("another run holds the lock of %s%s" % (
+                        name, " (%s)" % holder if holder else "")) from None
+                raise
+            # The holder before may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(self._file, dir_fd=top, follow_symlinks=False)
+                if os.path.samestat(os.fstat(self._fd), there):
+                    break
+            os.close(self._fd)
+        if not shared:
+            told = "process %d on %s since %s\n" % (
+                os.getpid(), short_host_name(), time.strftime("%Y-%m-%d %H:%M:%S"))
+            with contextlib.suppress(OSError):  # no space: the lock holds all the same
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, told.encode("utf-8"), 0)
 
-    def _stream(self, path, query, checker, expected):
-        """Streams into NAME.xva.partial, checks while it comes, asks the task, publishes."""
-        partial = os.path.join(self.folder, native(self.file_name + ".partial"))
-        self.log("%s begins, about %s to expect" % (self.choice.kind, size_text(expected)))
-        export = Export(self.xapi, self.stop, path, query, self.choice.name, expected)
-        saved = save(export, partial, checker)
-        if not saved.task_known:
-            if ZstdFrameCheck.unproved in saved.checks:
-                raise BackupError("the host lost the task, and without the command zstd nothing"
-                                  " else proves the archive whole: install zstd")
-            self.warn("the host lost the task: only the check of the archive vouches for it")
-        self.log("export proved whole: HTTP 200, %s" % ", ".join(saved.checks))
-        outcome = self.outcome
-        outcome.checks, outcome.bytes, outcome.file = saved.checks, saved.size, self.file_name
-        self._publish(partial, saved.digest)
+    def now(self):
+        """The time of the file server's clock, in seconds since 1970."""
+        os.utime(self._fd)
+        return os.fstat(self._fd).st_mtime
 
-    def _publish(self, partial, digest):
-        """Turns a proved export into a backup. The marker is renamed into place last of all."""
-        os.rename(partial, os.path.join(self.folder, native(self.file_name)))
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        with contextlib.suppress(OSError):
+            if self.supported:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no other reader has it
+            os.unlink(self._file, dir_fd=self._top)
+        os.close(self._fd)
+
+
+def new_token():
+    """What names a run: host, boot (with the namespace of its process numbers), process, its
+    start, 16 random bytes."""
+    boot = read_small("/proc/sys/kernel/random/boot_id").decode().strip()
+    host = re.sub(r"[^\w.-]", "-", socket.gethostname()) or "-"
+    return "%s,%s.%d,%d,%s,%s" % (host, boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(),
+                                  _started("self"), os.urandom(16).hex())
+
+
+def _started(pid):
+    """When a process started, in clock ticks since boot; None if it runs no more."""
+    with contextlib.suppress(OSError), open("/proc/%s/stat" % pid, "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+        return None if fields[0] in b"ZX" else fields[19].decode()
+    return None
+
+
+def lives(token, own, age):
+    """Whether the run that a token names may still be at work: its process lives here, or it is on
+    another machine (or was before a reboot) and touched its file in the last minutes."""
+    host, boot, pid, start, _ = token
+    if [host, boot] == own.split(",")[:2]:
+        return _started(pid) == start
+    return age < ABANDONED_AFTER
+
+
+class Target:
+    """The folder of one VM, and the new backup in it. All happens relative to descriptors, so what
+    was looked at is what is changed. A context manager: a backup that was not published goes.
+
+    top: descriptor of backup_dir. name: as folder_name gives it. folders: what scan found.
+    """
+
+    def __init__(self, top, name, patterns, lock, outcome):
+        self._top, self._lock_name, self._vm = top, name, native(name)
+        self._patterns, self._lock = patterns, lock
+        self._outcome, self._token = outcome, new_token()
+        self._made_vm = self._published = False
+        self._vm_fd = self._unfinished = None
+        self._subfolders, self._touched = {}, 0.0
+        self.fd = self.name = None  # of the new backup's folder
+        self.sums = []  # (file below the folder, SHA-256)
+
+    def __enter__(self):
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._vm, 0o700, dir_fd=self._top)
+                self._made_vm = True
+            self._vm_fd = self._open_vm()
+            self._clear()
+            self.folders = scan(self._vm_fd, self._patterns, self._vm)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open_vm(self):
+        try:
+            fd = open_folder(self._vm, self._top)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise Refused("%s is a symbolic link or no folder: refused" % self._vm) from None
+            raise
+        # A file system may take a and A for the same, or give names in another Unicode form.
+        mine = unicodedata.normalize("NFC", self._vm)
+        if mine not in [unicodedata.normalize("NFC", name) for name in os.listdir(self._top)]:
+            os.close(fd)
+            raise Refused("%s belongs to a VM whose name differs only in case" % self._vm)
+        return fd
+
+    def _clear(self):
+        """Unfinished backups of runs that are over go; those of living runs stay."""
+        foreign = []
+        for item in scan(self._vm_fd, self._patterns, self._vm):
+            begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
+            if begun or (item.unfinished and item.created is not None):
+                self._clear_one(item.name, begun)
+            elif item.created is None or not item.marker:
+                foreign.append(item.name)
+        for name in foreign[:5]:
+            self._outcome.say("%s is no backup of this program: left alone" % name)
+        if foreign[5:]:
+            self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
+
+    def _clear_one(self, name, begun):
+        token, age = begun, 0
+        with contextlib.suppress(OSError, BackupError), opened(name, self._vm_fd) as fd:
+            touched = os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
+            token = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or begun
+            age = self._lock.now() - touched
+        if token and lives(token.groups(), self._token, age):
+            self._outcome.warn("%s is being written by process %s on %s: left alone" % (
+                name, token.group(3), token.group(1)))
+        else:
+            self._outcome.say("removing the unfinished backup %s" % name)
+            self._remove(name)
+
+    def _remove(self, name):
+        try:
+            remove_folder(self._vm_fd, name, self._vm)
+            return True
+        except (OSError, BackupError) as error:
+            self._outcome.warn("%s could not be removed: %s" % (name, describe(error)))
+            return False
+
+    def prune(self, policy, uuid, pre_clean=False):
+        """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
+        folders = scan(self._vm_fd, self._patterns, self._vm)
+        doomed = expired(folders, policy, self.name, uuid, pre_clean)
+        try:
+            with Lock(self._top, self._lock_name, "read.lock"):
+                for name in doomed:
+                    self._outcome.say("deleting the oldest backup %s" % name)
+                    if self._remove(name):
+                        self._outcome.pruned.append(name)
+        except LockedError as error:
+            if doomed:
+                self._outcome.warn("a restore reads this VM's backups, none is deleted this time:"
+                                   " %s" % error)
+
+    def begin(self, pattern):
+        """Makes the folder of the new backup: under a name that tells its run, then renamed, so
+        that no other run finds it without its token."""
+        begun = ".%s.partial" % self._token
+        os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
+        self.name, self.fd = begun, open_folder(begun, self._vm_fd)
+        self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
+        moment, tried = datetime.datetime.now(), ""
+        while self.name == begun:
+            name = native(moment.strftime(pattern))
+            if name != tried and name not in os.listdir(self._vm_fd):  # or it would be replaced
+                with contextlib.suppress(FileExistsError):  # two at once
+                    try:
+                        os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
+                        self.name = name
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.ENOTDIR):
+                            raise
+            tried = name
+            moment += datetime.timedelta(seconds=1)
+        self._outcome.say("new backup folder %s" % self.name)
+
+    def touch(self):
+        """Tells the runs of other machines that this one is at work: called once a second."""
+        if self._unfinished is not None and time.monotonic() - self._touched > TOUCH_EVERY:
+            self._touched = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self._unfinished)
+
+    def _create(self, name, data, dir_fd=None):
+        """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=self.fd if dir_fd is None else dir_fd)
+        try:
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def write(self, file, text):
+        """Writes a small file of the backup, `NAME` or `FOLDER/NAME`, and keeps its SHA-256."""
+        folder, _, name = file.rpartition("/")
+        if folder and folder not in self._subfolders:
+            os.mkdir(native(folder), 0o700, dir_fd=self.fd)
+            self._subfolders[folder] = open_folder(native(folder), self.fd)
+        data = utf8(text)
+        os.close(self._create(native(name), data, self._subfolders.get(folder)))
+        self.sums.append((file, hashlib.sha256(data).hexdigest()))
+
+    def publish(self, file, saved, backup_dir):
+        """Turns a proved export into a backup; returns its path. The marker is renamed into place
+        last of all, and only while the folder is in its place and bears the token of this run."""
+        os.rename(native(file + ".partial"), native(file), src_dir_fd=self.fd, dst_dir_fd=self.fd)
         lines = []
-        for file, value in [(self.file_name, digest)] + self.sums:
-            escaped = file.replace("\\", "\\\\")  # as sha256sum does
-            lines.append("%s%s  %s\n" % ("\\" if escaped != file else "", value, escaped))
-        self._write_file("SHA256SUMS", "".join(lines), listed=False)
-        for base, _folders, _files in os.walk(self.folder):
-            sync_folder(base)
-        existing = backups(list_folders(self.vm_dir, self.run.patterns))
+        for name, value in [(file, saved.digest)] + self.sums:
+            escaped = name.replace("\\", "\\\\")  # as sha256sum does
+            lines.append("%s%s  %s\n" % ("\\" if escaped != name else "", value, escaped))
+        os.close(self._create("SHA256SUMS", utf8("".join(lines))))
+        for fd in list(self._subfolders.values()) + [self.fd]:
+            sync(fd)
+        existing = backups(scan(self._vm_fd, self._patterns, self._vm))
         newest = existing[-1].created if existing else 0
         created = max(int(time.time()), int(newest) + 1)  # rises even if the clock was set back
-        unfinished = os.path.join(self.folder, UNFINISHED)
-        with open(unfinished, "w", encoding="ascii") as file:
-            file.write("created=%d\n" % created)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(unfinished, os.path.join(self.folder, "success"))
-        self.outcome.folder = self.folder
-        for path in (self.folder, self.vm_dir, self.settings.backup_dir):
-            sync_folder(path)
-        self.log("*** success: %s : %s" % (self.file_name, size_text(self.outcome.bytes)))
+        path = os.path.join(backup_dir, self._vm, self.name)
+        if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
+                UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
+            raise BackupError("%s is another run's by now: not published" % path)
+        text = "created=%d\n%s\n" % (created, self._token)
+        os.pwrite(self._unfinished, text.encode("ascii"), 0)
+        os.fsync(self._unfinished)
+        os.rename(UNFINISHED, MARKERS[0], src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self._published = True
+        for fd in (self.fd, self._vm_fd, self._top):
+            sync(fd)
+        return path
 
-    # --- metadata ---
+    def _discard(self):
+        """After a failure the unfinished folder goes, if it is still this run's: never a marked
+        one, and nothing that was there before."""
+        marked = [name for name in os.listdir(self.fd) if name in MARKERS]
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(self.name, dir_fd=self._vm_fd, follow_symlinks=False)
+            if not marked and os.path.samestat(there, os.fstat(self.fd)):
+                self._remove(self.name)
 
-    def _write_file(self, name, text, listed=True):
-        data = utf8(text)
-        path = os.path.join(self.folder, native(name))
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        if listed:
-            self.sums.append((name, hashlib.sha256(data).hexdigest()))
-
-    def _write_cfg(self, name, record, keys, more):
-        """A .cfg file: these keys of an API record, in this order, then `more` pairs."""
-        lines = []
-        for key, value in [(key, record.get(key, "")) for key in keys] + more:
-            value = str(value).replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
-            lines.append("%s=%s\n" % (key, value))
-        self._write_file(name, "".join(lines))
-
-    def _make_subfolder(self, name):
-        os.mkdir(os.path.join(self.folder, native(name)), 0o700)
-        return name
-
-    def _metadata(self, vm, disks):
-        """Writes vm-metadata.xml and the .cfg files: values of `vm` and `disks` (the snapshot's,
-        or the VM's own for vdi-export), uuids of the originals."""
+    def __exit__(self, *_error):
         try:
-            self._write_file("vm-metadata.xml", self._fetch_ova())
-        except BackupError as error:
-            self.stop.check()
-            self.warn("no vm-metadata.xml: %s" % error)
-        guests = (vm.get("guest_metrics", NULL), self.vm.get("guest_metrics", NULL))
-        guest = next(iter(self.xapi.records("VM_guest_metrics", guests).values()), {})
-        os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
-        left_out = ["%s: %s" % (d.label, d.vdi["name_label"]) for d in self.disks if d.left_out]
-        own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
-               ("os_version", os_version), ("orig_uuid", self.vm["uuid"])]
-        own += [("disks_left_out", ", ".join(left_out))] if left_out else []
-        keys = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max",
-                "VCPUs_at_startup")
-        self._write_cfg("vm.cfg", dict(vm, name_label=self.choice.name), keys, own)
-        originals = {disk.vbd["userdevice"]: disk for disk in self.disks}
-        srs = self.xapi.records("SR", [disk.vdi["SR"] for disk in disks])
-        for disk in disks:
-            original = originals.get(disk.vbd["userdevice"], disk)
-            folder = self._make_subfolder(folder_name("DISK-" + disk.label))
-            unpluggable = original.vbd.get("unpluggable", "")
-            more = [("unplugable", unpluggable), ("unpluggable", unpluggable),
-                    ("empty", disk.vbd.get("empty", "")), ("orig_uuid", original.vbd["uuid"])]
-            self._write_cfg(folder + "/vbd.cfg", disk.vbd,
-                            ("userdevice", "bootable", "mode", "type"), more)
-            more = [("orig_uuid", original.vdi["uuid"]),
-                    ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))]
-            self._write_cfg(folder + "/vdi.cfg", disk.vdi, (
-                "name_label", "name_description", "virtual_size", "type", "sharable", "read_only",
-            ), more)
-        vifs = self.xapi.records("VIF", vm["VIFs"]).values()
-        uuids = {vif["device"]: vif["uuid"]
-                 for vif in self.xapi.records("VIF", self.vm["VIFs"]).values()}
-        networks = self.xapi.records("network", [vif["network"] for vif in vifs])
-        if vifs:
-            self._make_subfolder("VIFs")
-        for vif in vifs:
-            name = networks.get(vif["network"], {}).get("name_label", "")
-            self._write_cfg(
-                "VIFs/%s.cfg" % folder_name("vif-" + vif["device"]),
-                dict(vif, network_name_label=name),
-                ("device", "network_name_label", "MTU", "MAC", "other_config"),
-                [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
-
-    def _fetch_ova(self):
-        """The ova.xml of the VM's /export_metadata, indented."""
-        from xml.dom import minidom
-
-        query, data = {"ref": self.vm_ref, "export_snapshots": "false"}, bytearray()
-        with Export(self.xapi, self.stop, "/export_metadata", query, self.choice.name) as export:
-            pump(export.readinto, data.extend)
-            export.verdict()
-        if len(data) % 512 or not data.endswith(bytes(1024)):
-            raise BackupError("/export_metadata was cut off")
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-                file: Any = archive.extractfile("ova.xml")
-                return minidom.parseString(file.read()).toprettyxml("  ")  # noqa: S318
-        except Exception as error:  # tarfile and expat raise nearly anything at other bytes
-            raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
+            if self.fd is not None and not self._published:
+                self._discard()
+        except OSError as error:
+            self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
+        finally:
+            descriptors = list(self._subfolders.values()) + [self._unfinished, self.fd, self._vm_fd]
+            for fd in descriptors:
+                if fd is not None:
+                    os.close(fd)
+            if self._made_vm and not self._published:
+                with contextlib.suppress(OSError):  # an empty folder only
+                    os.rmdir(self._vm, dir_fd=self._top)
 
 
-# ============================== what is chosen, and preview ==============================
+# ============================== the backup of one VM ==============================
+
+INDENT_LIMIT = 16 * MIB  # bytes that are parsed: the tree takes many times as much memory
 
 
-def candidates(xapi):
-    """{ref: record} of the pool's VMs that are neither template, snapshot nor control domain, in
-    one call however many there are; the host filters where it can."""
-    flags = ("is_a_template", "is_a_snapshot", "is_control_domain")
-    records = xapi.where("VM", " and ".join('field "%s"="false"' % flag for flag in flags))
-    if not records:  # no such filter on this host, or really no VM
-        records = xapi.call("VM.get_all_records")
-    return {ref: vm for ref, vm in records.items() if not any(vm.get(flag) for flag in flags)}
+def back_up_vm(run, xapi, choice, outcome, activity):
+    """One VM's backup, in the order that the guarantees stand on. Raises what went wrong; what
+    happened on the way is told to `outcome`."""
+    settings, name, outcome.status = run.settings, folder_name(choice.name), "ERROR verify_vm_name"
+    check_name(choice, run.meeting)
+    outcome.status = "ERROR"
+    with opened(settings.backup_dir) as top, Lock(top, name) as lock, \
+            Target(top, name, run.patterns, lock, outcome) as target, run.touching(target):
+        if not lock.supported:
+            outcome.warn("this file system has no locks: never run two backups into it at once")
+        vm, disks, srs = look_up(xapi, choice, outcome)
+        plan_for = functools.partial(plan_vm, settings, choice, vm, disks, target.folders,
+                                     probe=run.probe, srs=srs)
+        with run.room_for(choice.name, plan_for, activity) as plan:
+            if plan.refusal:
+                outcome.status, error = plan.refusal
+                raise error
+            for text in plan.notes:
+                outcome.note(text)
+            outcome.file, activity.expected = plan.file, plan.expected
+            if settings.pre_clean:
+                target.prune(plan.policy, vm["uuid"], pre_clean=True)
+            target.begin(settings.backup_dir_pattern)
+            activity.doing = "snapshot"
+            with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
+                for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
+                    target.write(file, text)
+                outcome.status = "VM-EXPORT-FAIL" if snapshot.of_vm else "VDI-EXPORT-FAIL"
+                outcome.say("%s begins, about %s to expect" % (
+                    choice.kind, size_text(plan.expected)))
+                activity.doing = "export"
+                saved = save(snapshot.stream(settings, activity), plan.file + ".partial", target.fd,
+                             snapshot.prover(plan.file))
+                vouch(saved, outcome)
+                outcome.folder = target.publish(plan.file, saved, settings.backup_dir)
+                outcome.say("*** success: %s : %s" % (plan.file, size_text(saved.size)))
+                activity.doing = "clean-up"
+        target.prune(plan.policy, vm["uuid"])
 
 
-def choose(settings, vms, log):
-    """Applies the rules to the candidates and logs upstream's block with what came of it. Adds to
-    settings.warnings. Returns (Selection, number of chosen VMs that cannot be backed up)."""
+def check_name(choice, meeting=()):
+    """Raises Refused unless just one VM bears the name, and no other chosen one its folder."""
+    several = len(choice.refs)
+    if several != 1:
+        raise Refused("%d VMs bear this name: rename all but one" % several if several
+                      else "no VM bears this name")
+    if choice.name in meeting:
+        raise Refused("its folder would be that of another chosen VM too (%s): rename one"
+                      % ", ".join(sorted(set(meeting[choice.name]) - {choice.name})))
+
+
+def look_up(xapi, choice, outcome):
+    """(record, Disks, {ref: storage repository}) of the chosen VM as it is now."""
+    ref = choice.refs[0]
+    vm = xapi.records("VM", [ref]).get(ref)
+    if vm is None:
+        raise Refused("the VM was deleted since this run began")
+    outcome.uuid = vm["uuid"]
+    if vm["name_label"] != choice.name:
+        outcome.warn("the VM is now called %s" % vm["name_label"])
+    disks = disks_of(xapi, vm)
+    for text in left_out_texts(disks):
+        outcome.say(text)
+    outcome.say("is %s, %s" % (vm["power_state"].lower(), plural(len(disks), "disk")))
+    return vm, disks, xapi.records("SR", [disk.vdi["SR"] for disk in disks])
+
+
+def vouch(saved, outcome):
+    """Tells what proved the export, and warns of what could not be proved."""
+    if not saved.task_known:
+        outcome.warn("the host lost the task: only the check of the archive vouches for it")
+    outcome.say("export proved whole: HTTP 200, %s" % ", ".join(saved.checks))
+    outcome.checks, outcome.bytes, outcome.sha256 = saved.checks, saved.size, saved.digest
+    outcome.transfer_seconds = saved.seconds
+    for phrase in saved.checks:
+        if phrase.startswith("NOT "):
+            outcome.warn("the export was proved, but %s" % phrase)
+
+
+def metadata(xapi, plan, snapshot, folder, run, outcome):
+    """Yields (file, text) of what lies beside the export: values as of the snapshot (of a
+    vdi-export as of the VM), uuids of the originals."""
+    ova = None
+    try:
+        ova = fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
+        yield "vm-metadata.xml", ova
+    except BackupError as error:
+        outcome.warn("no vm-metadata.xml: %s" % error)
+    vm = snapshot.record if snapshot.of_vm else plan.vm
+    disks = snapshot.disks if snapshot.of_vm else plan.disks
+    guests = (vm.get("guest_metrics", NULL), plan.vm.get("guest_metrics", NULL))
+    guest = next(iter(xapi.records("VM_guest_metrics", guests).values()), {})
+    os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
+    left_out = ["%s: %s" % (disk.label, disk.vdi["name_label"])
+                for disk in plan.disks if disk.left_out]
+    own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
+           ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
+    own += [("disks_left_out", ", ".join(left_out))] if left_out else []
+    yield "vm.cfg", cfg(dict(vm, name_label=plan.choice.name), (
+        "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
+        own)
+    originals = {disk.vbd["userdevice"]: disk for disk in plan.disks}
+    srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
+    for disk in disks:
+        original = originals.get(disk.vbd["userdevice"], disk)
+        place, unpluggable = folder_name("DISK-" + disk.label), original.vbd.get("unpluggable", "")
+        yield place + "/vbd.cfg", cfg(disk.vbd, ("userdevice", "bootable", "mode", "type"), [
+            ("unplugable", unpluggable), ("unpluggable", unpluggable),
+            ("empty", disk.vbd.get("empty", "")), ("orig_uuid", original.vbd["uuid"])])
+        yield place + "/vdi.cfg", cfg(disk.vdi, (
+            "name_label", "name_description", "virtual_size", "type", "sharable", "read_only"), [
+            ("orig_uuid", original.vdi["uuid"]),
+            ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
+    vifs = sorted(xapi.records("VIF", vm["VIFs"]).values(), key=lambda vif: vif["device"].zfill(4))
+    uuids = {vif["device"]: vif["uuid"] for vif in xapi.records("VIF", plan.vm["VIFs"]).values()}
+    networks = xapi.records("network", [vif["network"] for vif in vifs])
+    names = {vif["device"]: networks.get(vif["network"], {}).get("name_label", "") for vif in vifs}
+    for vif in vifs:
+        record = dict(vif, network_name_label=names[vif["device"]])
+        yield "VIFs/%s.cfg" % folder_name("vif-" + vif["device"]), cfg(
+            record, ("device", "network_name_label", "MTU", "MAC", "other_config"),
+            [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
+    exported = disks if snapshot.of_vm else [first_disk(plan.disks)]
+    sr = srs.get(exported[0].vdi["SR"], {}) if exported else {}
+    yield "RESTORE.txt", restore_note(types.SimpleNamespace(
+        name=plan.choice.name, folder=folder, file=plan.file, kind=plan.choice.kind,
+        compress=run.settings.compress, backup_dir=run.settings.backup_dir,
+        sr_name=sr.get("name_label", ""), sr_uuid=sr.get("uuid", ""), pool=run.pool, host=run.host,
+        memory=vm.get("memory_dynamic_max", ""), vcpus=vm.get("VCPUs_max", ""),
+        uuid=plan.vm["uuid"],
+        disks=[(disk.label, disk.vdi["name_label"], int(disk.vdi["virtual_size"]),
+                disk.vdi["uuid"]) for disk in exported],
+        networks=[(vif["device"], names[vif["device"]], vif["MAC"]) for vif in vifs]))
+
+
+def cfg(record, keys, more):
+    """The text of a .cfg file: these keys of an API record, in this order, then `more` pairs."""
+    lines = []
+    for key, value in [(key, record.get(key, "")) for key in keys] + more:
+        value = str(value).replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+        lines.append("%s=%s\n" % (key, value))
+    return "".join(lines)
+
+
+def fetch_ova(xapi, ref, activity):
+    """The ova.xml of the VM's /export_metadata, indented where it is not huge."""
+    from xml.dom import minidom
+
+    query, data = {"ref": ref, "export_snapshots": "false"}, bytearray()
+    with Stream(xapi, "/export_metadata", query, activity) as stream:
+        for piece in ring(stream.readinto):
+            data += piece
+            if len(data) > METADATA_LIMIT:
+                raise BackupError("/export_metadata gave more than %s" % size_text(METADATA_LIMIT))
+        stream.verdict()
+    if len(data) % 512 or not data.endswith(bytes(1024)):
+        raise BackupError("/export_metadata was cut off")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            text = archive.extractfile("ova.xml").read()
+            if len(text) > INDENT_LIMIT:
+                return text.decode("utf-8")
+            return minidom.parseString(text).toprettyxml("  ")  # noqa: S318
+    except Exception as error:  # tarfile and expat raise nearly anything at other bytes
+        raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
+
+
+# ============================== RESTORE.txt ==============================
+
+NOTE = """\
+This folder holds a backup of {what} {name} (uuid {uuid}),
+taken by vmbackup from the pool {pool} at the host {host}.
+
+  export    {file}
+  memory    {memory}, {vcpus}
+{disks}{networks}  storage   {sr_name} (uuid {sr_uuid})
+
+If the host is gone, first:
+  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
+  2. Attach the storage, and create the networks under the names above: a restored VM finds them
+     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
+  3. Make sure that the backup is whole, in this folder:
+       sha256sum -c SHA256SUMS
+{caution}
+Then one of these. Paths are those of the day of the backup; HOST is the pool's master.
+The storage repository can be another one; without it the pool's default is taken.
+
+1. With vmbackup, from any machine; it proves the export while it sends it:
+       vmbackup.py restore - {folder} host={address} sr={sr_uuid_quoted}
+
+2. With xe, in a dom0 that sees this folder:
+       cd {folder}
+{xe}
+3. With curl, from any machine. CA is a PEM file with the host's certificate, which is in dom0 in
+   /etc/xensource/xapi-ssl.pem; curl asks for root's password. It prints an error page where the
+   import failed, and nothing where it did not:
+       cd {folder}
+{curl}
+Without any host, the disks as images:
+{images}"""
+WHOLE = ("""\
+  4. Never start the restored VM while the original runs in one network with it: that makes two
+     machines of one name and address. MAC addresses are new unless asked for (preserve=true).
+""", """\
+       xe vm-import filename={file} sr-uuid={sr}
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
+""", """\
+       vmbackup.py extract {folder} to=.
+""")
+ONE_DISK = ("""\
+  4. This is one disk of the VM, not the VM: it goes into a new disk, which is then attached to a
+     VM that you make first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+""", """\
+       xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
+     With the uuid that it prints in place of VDI, and that of the VM in place of VM:
+       xe vdi-import uuid=VDI filename={file} format={form}
+       xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
+     VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
+""", """\
+       qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
+""")
+
+
+def quoted(text):
+    """A word for a shell."""
+    return text if re.match(r"[\w./=-]+\Z", text, re.ASCII) else "'%s'" % text.replace("'", "'\\''")
+
+
+def restore_note(facts):
+    """The text of RESTORE.txt: the ways back for just this backup. Pure.
+
+    facts: a namespace of name, folder, file, kind, backup_dir, sr_name, sr_uuid, pool, host (the
+    Endpoint's text), memory (bytes), vcpus, uuid, disks [(label, name, bytes, uuid)], networks
+    [(device, network's name, MAC)].
+    """
+    whole_vm = facts.kind == "vm-export"
+    caution, xe, curl, images = WHOLE if whole_vm else ONE_DISK
+    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
+    form = facts.file.rpartition(".")[2]
+    disks = ["  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+        label, size_text(size), size, printable(name), uuid)
+        for label, name, size, uuid in facts.disks]
+    networks = ["  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                for device, name, mac in facts.networks]
+    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
+    words = {
+        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid), "folder": quoted(from_argv(folder)),
+        "url": "https://" + address, "form": form, "qemu": {"vhd": "vpc"}.get(form, "raw"),
+        "label": quoted(facts.name + "-restored"),
+        "size": sum(size for _label, _name, size, _uuid in facts.disks)}
+    return NOTE.format(
+        what="the VM" if whole_vm else "the first disk of the VM", name=printable(facts.name),
+        uuid=facts.uuid, pool=printable(facts.pool), host=facts.host, file=facts.file,
+        memory=size_text(int(facts.memory or 0)), vcpus=plural(int(facts.vcpus or 0), "CPU"),
+        disks="".join(disks), networks="".join(networks), sr_name=printable(facts.sr_name),
+        sr_uuid=facts.sr_uuid, sr_uuid_quoted=words["sr"], folder=words["folder"], address=address,
+        caution=caution, xe=xe.format(**words), curl=curl.format(**words),
+        images=images.format(**words))
+
+
+# ============================== choice and preview ==============================
+
+
+def candidates(xapi, log):
+    """{ref: record} of the pool's VMs that are neither template, snapshot nor control domain, nor
+    just being imported."""
+    flags, found = ("is_a_template", "is_a_snapshot", "is_control_domain"), {}
+    for ref, vm in xapi.all("VM").items():
+        if not any(vm.get(flag) for flag in flags):
+            if "import" in vm.get("current_operations", {}).values():
+                log("NOTE - %s is being imported: left out" % vm["name_label"])
+            else:
+                found[ref] = vm
+    return found
+
+
+def names_of(vms):
+    """{name: [ref, ...]} of the candidates."""
     names = collections.defaultdict(list)
     for ref, vm in vms.items():
         names[vm["name_label"]].append(ref)
-    with time_limit(REGEX_TIMEOUT, "ERROR - a regular expression of vm-, vdi-export or exclude"
-                    " takes too long: nested repetitions like (a+)+ need exponential time"):
-        selection = select(settings.rules, names)
+    return dict(names)
+
+
+def tell_choice(settings, selection, log):
+    """Logs upstream's block with what the rules came to, and what is odd about them. Adds to
+    settings.warnings. Raises ConfigError where nothing at all is to be done."""
     log("VmBackup.py running with these settings:")
     for key in ("backup_dir", "status_log", "compress", "max_backups", "vdi_export_format",
                 "pool_db_backup"):
-        log("  %-17s = %s" % (key, getattr(settings, key)))
+        value = getattr(settings, key)
+        log("  %-17s = %s" % (key, "none" if value is None else value))
     lists = {"exclude": selection.excluded + selection.unknown_excludes}
     for kind in ("vdi-export", "vm-export"):
         chosen = [choice for choice in selection.choices if choice.kind == kind]
@@ -2465,93 +3689,160 @@ def choose(settings, vms, log):
     if selection.unknown_excludes:
         unknown = " ".join(selection.unknown_excludes)
         settings.warnings.append("***WARNING - vm(s) Exclude does not exist: %s" % unknown)
-    if settings.rules and not selection.choices:
-        hint = "" if settings.config_file else " (and there is no config file of that name)"
-        settings.warnings.append("***WARNING - no VM was chosen: nothing to back up" + hint)
     for line in settings.notes + settings.warnings:
         log(line)
     missing = [choice.name for choice in selection.choices if not choice.refs]
-    twice = [choice.name for choice in selection.choices if len(choice.refs) > 1]
     if missing:
         log("ERROR - vm(s) List does not exist: %s" % " ".join(missing))
-    for name in twice:
-        log("*** ERROR: duplicate VM name found: %s" % name)
-    return selection, len(missing) + len(twice)
-
-
-def preview_vms(settings, xapi, vms, selection, log):
-    """What a run would do with each VM, in a number of calls that does not depend on the pool.
-    Adds to settings.warnings; returns the number of VMs that could not be backed up."""
+    for choice in selection.choices:
+        if len(choice.refs) > 1:
+            log("*** ERROR: duplicate VM name found: %s" % choice.name)
+    for text in selection.notes:
+        log(text)
     log("VMs-not-in-backup: %s" % ", ".join(selection.left))
-    chosen = [choice for choice in selection.choices if len(choice.refs) == 1]
-    if not chosen:
-        return 0
-    refs = [choice.refs[0] for choice in chosen]
-    few, vbds = len(refs) <= 50, collections.defaultdict(list)
-    wanted = [vbd for ref in refs for vbd in vms[ref]["VBDs"]]
-    found = xapi.records("VBD", wanted) if few else xapi.call("VBD.get_all_records")
-    for vbd in found.values():
-        vbds[vbd["VM"]].append(vbd)
-    used = [vbd["VDI"] for ref in refs for vbd in vbds[ref]]
-    vdis = xapi.records("VDI", used) if few else xapi.call("VDI.get_all_records")
-    pbds = xapi.call("PBD.get_all_records").values()
-    plugged = {pbd["SR"] for pbd in pbds if pbd["currently_attached"]}
-    bad = total = 0
-    for choice, ref in zip(chosen, refs):
-        for vbd in vbds[ref]:
-            vdi = vdis.get(vbd["VDI"])
-            if vbd["type"] == "CD" and vdi and vdi["SR"] not in plugged:
-                settings.warnings.append(
-                    "***WARNING - %s: the ISO %s in its drive is on a storage repository that is"
-                    " not attached, so the export will fail: xe vm-cd-eject"
-                    % (choice.name, vdi["name_label"]))
-                log(settings.warnings[-1])
+    if not selection.choices and (settings.only or not settings.pool_db_backup):
+        raise ConfigError("ERROR - nothing to back up: the rules choose no VM%s" % (
+            " that only= matches" if settings.only else ""))
+
+
+def meeting_names(backup_dir, names):
+    """{name: [names]} of the VMs whose folders would be one and the same: long names that are cut
+    alike, and where the file system folds case or Unicode forms. Tried out where it may be."""
+    groups, meeting = collections.defaultdict(list), {}
+    for name in names:
+        groups[unicodedata.normalize("NFC", folder_name(name)).casefold()].append(name)
+    for group in groups.values():
+        for first, second in itertools.combinations(group, 2):
+            same = folder_name(first) == folder_name(second)
+            if same or _one_folder(backup_dir, folder_name(first), folder_name(second)):
+                for name in (first, second):
+                    meeting.setdefault(name, []).extend([first, second])
+    return meeting
+
+
+def _one_folder(backup_dir, first, second):
+    with probing(backup_dir, first) as folder:
+        return os.path.lexists(os.path.join(folder, native(second)))
+
+
+@contextlib.contextmanager
+def probing(backup_dir, name):
+    """The path of a folder in backup_dir in which, while this lasts, there is one of this name. All
+    is gone afterwards; what a killed run left of it, the next one clears away."""
+    folder = os.path.join(backup_dir, ".vmbackup-probe")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    try:
+        for left in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(folder, left))
+        os.mkdir(os.path.join(folder, native(name)), 0o700)
         try:
-            total += _preview_vm(settings, choice, vms[ref], list_disks(vbds[ref], vdis), log)
-        except (OSError, BackupError) as error:
-            log("***ERROR - %s: %s" % (choice.name, describe(error)))
+            yield folder
+        finally:
+            os.rmdir(os.path.join(folder, native(name)))
+    finally:
+        os.rmdir(folder)
+
+
+def check_backup_dir(settings):
+    """Raises ConfigError unless files can be made in backup_dir. Returns the error, or None, with
+    which its file system refuses the folder names of backup_dir_pattern."""
+    name = datetime.datetime.now().strftime(settings.backup_dir_pattern)
+    try:
+        with probing(settings.backup_dir, name):
+            return None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EPROTO):
+            return Refused("%s refuses a folder called %s: set backup_dir_pattern="
+                           "backup-%%Y-%%m-%%d-%%H-%%M-%%S" % (settings.backup_dir, name))
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+        return None  # no space, or another run's probe: that is for each VM to say
+
+
+def preview_vms(run, xapi, vms, selection):
+    """Logs what a run would do with each VM: a table, then in full what matters. The number of
+    calls does not depend on the pool. Returns the exit status."""
+    settings, log, texts, total, bad = run.settings, run.log, [], 0, 0
+    pool = types.SimpleNamespace(
+        vms=vms, vdis=xapi.all("VDI"), srs=xapi.all("SR"), free=run.free_bytes(),
+        plugged={pbd["SR"] for pbd in xapi.all("PBD").values() if pbd["currently_attached"]},
+        vbds=collections.defaultdict(list))
+    for vbd in xapi.all("VBD").values():
+        pool.vbds[vbd["VM"]].append(vbd)
+    rows = [("VM", "kind", "disks", "to expect", "there/kept", "would go")]
+    for choice in selection.choices:
+        before = len(settings.warnings)
+        try:
+            check_name(choice, run.meeting)
+            cells, expected, told, error = _preview_vm(run, choice, pool)
+        except (OSError, BackupError) as problem:
+            cells, expected, told, error = ("", "", "", ""), 0, [], problem
+        texts += ["%s: %s" % (choice.name, text) for text in told] + settings.warnings[before:]
+        if error:
             bad += 1
-    free = shutil.disk_usage(settings.backup_dir).free
-    hint = "" if total <= free else ": the last ones may not fit"
-    log("together about %s to expect, %s free%s" % (size_text(total), size_text(free), hint))
-    return bad
+            texts.append("***ERROR - %s: %s" % (choice.name, describe(error)))
+            cells = cells[:3] + ("ERROR: %s" % describe(error),)
+        total += expected
+        rows.append((choice.name, choice.kind) + cells)
+    for line in table(rows, right=(2, 3, 4)) + texts if selection.choices else []:
+        log(line)
+    room = "" if pool.free is None else ", %s free" % size_text(pool.free)
+    if room and total > pool.free:
+        room += ": the last ones may not fit"
+    log("together about %s to expect%s" % (size_text(total), room))
+    mail = "none" if not settings.mail_to or settings.mail_when == "never" else (
+        "to %s (%s)" % (", ".join(settings.mail_to), settings.mail_when))
+    log("pool %s, host %s, parallel=%d, mail: %s, report_json: %s, metrics_file: %s" % (
+        run.pool, run.host, settings.parallel, mail, settings.report_json or "none",
+        settings.metrics_file or "none"))
+    run.watch.check()
+    if bad:
+        log("ERROR preview parameters: %s could not be backed up (see above)" % plural(bad, "VM"))
+        return 2
+    found = " - WARNINGS found (see above)" if settings.warnings else ""
+    log("SUCCESS preview parameters" + found)
+    return 1 if settings.warnings else 0
 
 
-def _preview_vm(settings, choice, vm, disks, log):
-    """One VM's lines; returns the bytes to expect, raises what the run would."""
-    vm_dir = os.path.join(settings.backup_dir, native(folder_name(choice.name)))
-    patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
-    folders = list_folders(vm_dir, patterns) if os.path.isdir(vm_dir) else []
-    keep = choice.keep or settings.max_backups
-    doomed = expired(folders + [Folder("the new one", float("inf"), "success", False)], keep)
-    last = last_size(vm_dir, folders, export_file(settings, choice))
-    expected = expected_size(choice.kind, settings, disks, last)
-    shown = []
-    for disk in disks:
-        size = size_text(int(disk.vdi["virtual_size"]))
-        shown.append("%s %s%s" % (disk.label, size, " left out [NOBAK]" if disk.left_out else ""))
-    simple = choice.rule.simple
-    log("%s: %s, chosen by %s; %s; disks: %s; about %s to expect" % (
-        choice.name, choice.kind, "its name" if simple else "%s=%s" % choice.rule[:2],
-        vm["power_state"].lower(), ", ".join(shown) or "none", size_text(expected)))
-    why = "the oldest beyond %d" % keep
-    text = "would delete %s (%s)" % (", ".join(doomed), why) if doomed else "would delete none"
-    log("%s: has %d backups, keeps %d, %s" % (choice.name, len(backups(folders)), keep, text))
-    for item in folders:
-        if item.created is not None and not item.marker and item.partial:
-            log("%s: would remove the unfinished backup %s" % (choice.name, item.name))
-    if not simple and choice.rule.name == choice.name:
-        log("NOTE - %s: not a simple name but a regular expression, it may match others too"
-            % choice.name)
-    if choice.kind == "vdi-export" and (first_disk(disks) is None or first_disk(disks).left_out):
-        raise BackupError("the VM has no first disk that may be exported")
-    if os.path.islink(vm_dir):
-        raise BackupError("%s is a symbolic link: refused" % vm_dir)
-    if os.path.exists(vm_dir) and not os.path.isdir(vm_dir):
-        raise BackupError("%s is not a folder" % vm_dir)
-    if settings.space_check:
-        check_space(settings.backup_dir, expected)
-    return expected
+def _preview_vm(run, choice, pool):
+    """(cells of the table, bytes to expect, lines, why the run would fail or None) of one VM. Adds
+    to settings.warnings."""
+    settings, name, ref = run.settings, native(folder_name(choice.name)), choice.refs[0]
+    disks, folders, warn = list_disks(pool.vbds[ref], pool.vdis), [], []
+    with opened(settings.backup_dir) as top, contextlib.ExitStack() as stack:
+        vm_fd = None
+        if name in os.listdir(top):
+            try:
+                vm_fd = stack.enter_context(opened(name, top))
+            except OSError:
+                raise Refused("%s is a symbolic link or no folder: refused" % name) from None
+            folders = scan(vm_fd, run.patterns, name)
+        plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, run.probe,
+                       pool.srs)
+        told = left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
+        told += ["would remove the unfinished backup %s" % item.name for item in folders
+                 if item.created is not None and item.unfinished]
+        for old in plan.doomed:
+            told.append("would delete %s (no rule keeps it: %s)" % (old, rules_text(plan.policy)))
+            with opened(old, vm_fd) as fd:
+                foreign = foreign_entry(fd, name)
+            if foreign:
+                warn.append("%s cannot be deleted: it holds %s, which is not ours" % (old, foreign))
+    isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
+    warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
+             " export will fail: xe vm-cd-eject" % iso["name_label"]
+             for iso in isos if iso and iso["SR"] not in pool.plugged]
+    settings.warnings += ["***WARNING - %s: %s" % (choice.name, text) for text in warn]
+    there = "%d/%d" % (len(backups(folders)), plan.policy.last)
+    cells = (str(len(disks)), size_text(plan.expected), there, ", ".join(plan.doomed) or "-")
+    return cells, plan.expected, told, plan.refusal and plan.refusal[1]
+
+
+def rules_text(policy):
+    """'last 4, daily 7' of a Policy."""
+    return ", ".join("%s %d" % pair for pair in zip(policy._fields, policy) if pair[1])
 
 
 # ============================== the run ==============================
@@ -2559,315 +3850,1367 @@ def _preview_vm(settings, choice, vm, disks, log):
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
 
 
-def status_word(exit_status):
-    """What the status log, mail and report_json call a run that ended so."""
-    return {0: "SUCCESS", 1: "WARNING"}.get(exit_status, "ERROR")
-
-
-def short_host_name():
-    return socket.gethostname().split(".")[0]
-
-
 class Run:
     """One run of the program, and what its VMs share; filled while it goes on, for the reports.
 
-    log: function(text). status: function(program, *texts), the status log. progress: function(open
-    Exports), called once a second.
+    log: function(text), with progress(activities). status: function(program, *texts), the status
+    log. watch: the Watch.
     """
 
-    def __init__(self, settings, log, status, progress):
-        self.settings, self.log, self.status = settings, log, status
-        self.stop = Stop()
-        self.watch = Watch(self.stop, progress)
+    def __init__(self, settings, log, status, watch):
+        self.settings, self.log, self.status, self.watch = settings, log, status, watch
         self.patterns = list(dict.fromkeys([settings.backup_dir_pattern, DEFAULT_PATTERN]))
         self.start, self.begin = datetime.datetime.now(), time.monotonic()
         self.host = self.pool = ""
         self.exit_status, self.error, self.begun = 3, None, False
-        self.outcomes = []
-        self.reserved = {}  # bytes to expect of the VMs that are being exported
+        self.outcomes, self.pool_database = [], None
+        self.not_in_backup = self.pool_vms = None
+        self.probe, self.meeting = None, {}  # see check_backup_dir, meeting_names
+        self._targets, self._reserved, self._planning = set(), {}, threading.Lock()
 
     def execute(self, hosts, credentials, preview):
-        """Connects, chooses, and previews or backs up. Returns the exit status."""
-        settings, log = self.settings, self.log
-        new_xapi = functools.partial(Xapi, hosts, credentials, log)
-        xapi = new_xapi()
-        if not settings.tls_verify:
-            log("***WARNING - tls_verify=False: the host's certificate is not checked")
+        """Connects, chooses, and previews or backs up. Returns the exit status. The main thread
+        only waits, and applies the rules: their regular expressions would hold up all others."""
+        new_xapi = functools.partial(Xapi, hosts, credentials, self.log, self.watch)
+        xapi, watch = new_xapi(), self.watch
         try:
-            self.stop.waiting = xapi
-            xapi.connect()
-            self.stop.check()
-            pool = next(iter(xapi.call("pool.get_all_records").values()))
-            self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
-            vms = candidates(xapi)
-            self.stop.check()
-            selection, bad = choose(settings, vms, log)
-            if not preview:
-                return self._back_up(xapi, new_xapi, selection.choices)
-            bad += preview_vms(settings, xapi, vms, selection, log)
-            self.stop.check()
-            if bad:
-                log("ERROR preview parameters: %d VM(s) could not be backed up (see above)" % bad)
-                return 2
-            found = " - WARNINGS found (see above)" if settings.warnings else ""
-            log("SUCCESS preview parameters" + found)
-            return 1 if settings.warnings else 0
+            vms = watch.do(self._connect, xapi)
+            selection = watch.pure(select, self.settings.rules, names_of(vms), self.settings.only)
+            self.pool_vms = sorted(names_of(vms))
+            self.not_in_backup = selection.left
+            if preview:
+                return watch.do(self._preview, xapi, vms, selection)
+            del vms  # thousands of records are not held while the exports run
+            return watch.do(self._back_up, xapi, new_xapi, selection)
         except ConnectionLost:
-            self.stop.check()  # perhaps it was a signal that broke it off
+            watch.check()  # perhaps it was a signal that broke it off
             raise
         finally:
-            self.watch.end()
-            xapi.close()
+            watch.do(xapi.close)
 
-    def _back_up(self, xapi, new_xapi, choices):
-        """Backs up the pool database if asked, then the VMs; outcomes in the order of choices."""
-        self.stop.waiting = None
-        check_writable(self.settings.backup_dir)
+    def _connect(self, xapi):
+        if not self.settings.tls_verify:
+            self.log("***WARNING - tls_verify=False: the host's certificate is not checked")
+        xapi.connect()
+        self.watch.check()
+        pool = next(iter(xapi.all("pool").values()))
+        self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
+        return candidates(xapi, self.log)
+
+    def _prepare(self, selection):
+        """What run and preview look at alike before the first VM."""
+        tell_choice(self.settings, selection, self.log)
+        self.probe = check_backup_dir(self.settings)
+        names = [choice.name for choice in selection.choices]
+        self.meeting = meeting_names(self.settings.backup_dir, names)
+
+    def _preview(self, xapi, vms, selection):
+        self._prepare(selection)
+        return preview_vms(self, xapi, vms, selection)
+
+    def _back_up(self, xapi, new_xapi, selection):
+        """Backs up the pool database if asked, and the VMs, `parallel` at a time."""
+        self._prepare(selection)
         self.log("VmBackup running on %s, pool %s, host %s"
                  % (short_host_name(), self.pool, self.host))
         self.begun = True
-        self.watch.start()
         self.status("vmbackup.py", "begin")
         self.log("Space before backups: %s" % self._space())
-        if self.settings.pool_db_backup:
-            self.outcomes.append(self._back_up_pool_db(xapi))
-        self._back_up_vms(xapi, new_xapi, choices)
+        with self.watch.attend(self._show):
+            self._work([xapi] + [new_xapi() for _ in range(self.settings.parallel - 1)],
+                       selection.choices)
         self.log("Space after backups: %s" % self._space())
-        tally = "S:%d W:%d E:%d" % self.counts()
+        for line in run_table(self):
+            self.log(line)
+        tally = "S:%d W:%d E:%d" % self.counts()[:3]
         self.status("vmbackup.py", "end", status_word(self._verdict()), tally)
         code = self._verdict()  # once more: that line too may have been the first that failed
         text = {0: "Success", 1: "**WARNING(s)**"}.get(code, "**ERRORS DETECTED**")
         self.log("VmBackup ended - %s - %s" % (text, tally))
         return code
 
-    def _back_up_vms(self, xapi, new_xapi, choices):
-        """Backs up the VMs, `parallel` at a time; tells of each what came of it at once, but in the
-        order of choices."""
-        idle = [new_xapi() for _ in range(self.settings.parallel - 1)] + [xapi]
-        ended, untold, turn = {}, collections.deque(range(len(choices))), threading.Lock()
+    def _work(self, idle, choices):
+        """Does the jobs, each with one of the idle Xapis; those that failed and may end otherwise
+        again when all are done, `retries` times."""
+        jobs: Any = [(self._back_up_pool_db, None)] if self.settings.pool_db_backup else []
+        for number, choice in enumerate(choices, 1):
+            label = "[%d/%d] %s" % (number, len(choices), choice.name)
+            outcome = Outcome(choice.kind, choice.name, self.log)
+            jobs.append((functools.partial(self._back_up_one, label, choice), outcome))
 
-        def work(number):
-            if self.stop.signum:
-                return
-            choice, mine = choices[number], idle.pop()
-            self.status(choice.kind, "begin", choice.name)
+        def do(job, tries_left):
+            work, outcome = job
+            xapi = idle.pop()
             try:
-                ended[number] = outcome = VmBackup(self, mine, choice).back_up()
+                return work(xapi, outcome, tries_left)
             finally:
-                idle.append(mine)
-            self.status(choice.kind, "end", self._end_text(outcome))
-            with turn:
-                while untold and untold[0] in ended:
-                    self._tell(ended[untold.popleft()])
+                idle.append(xapi)
 
         try:
             with ThreadPoolExecutor(len(idle)) as pool:
-                futures = [pool.submit(work, number) for number in range(len(choices))]
-                # Only this thread handles signals, and blocked for long it may sleep past one.
-                while wait(futures, timeout=0.2).not_done:
-                    pass
-            for number in filter(ended.get, untold):  # after a VM that a signal left untouched
-                self._tell(ended[number])
-            for future in futures:
-                future.result()
+                for tries_left in range(self.settings.retries, -1, -1):
+                    failed = list(pool.map(do, jobs, itertools.repeat(tries_left)))
+                    jobs = [job for job, again in zip(jobs, failed) if again]
         finally:
-            for each in idle:
-                each.close()
+            for xapi in idle:
+                xapi.close()
 
-    def _back_up_pool_db(self, xapi):
-        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
-        max_backups newest. Returns the Outcome."""
-        outcome = Outcome("pool-db", "METADATA_" + short_host_name())
-        backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
-        folder = os.path.join(backup_dir, native(own))
-        with outcome.recorded(), Lock(backup_dir, own):
-            if os.path.islink(folder):
-                raise BackupError("%s is a symbolic link: refused" % folder)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-            moment, name = datetime.datetime.now(), ""
-            while not name or os.path.lexists(os.path.join(folder, name)):
-                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
-                moment += datetime.timedelta(seconds=1)
-            dumps = [item for item in sorted(os.listdir(folder)) if POOL_DUMP.match(item)]
-            for item in dumps:
-                if item.endswith(".partial"):
-                    os.unlink(os.path.join(folder, item))
-            path = os.path.join(folder, name)
-            export = Export(xapi, self.stop, "/pool/xmldbdump", {}, "database dump", 0,
-                            xapi.master())
-            try:
-                saved = save(export, path + ".partial", DatabaseCheck())
-                os.rename(path + ".partial", path)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(path + ".partial")
-            sync_folder(folder)
-            outcome.folder, outcome.file = folder, name
-            outcome.bytes, outcome.checks = saved.size, saved.checks
-            self.log("pool database saved: %s, %s" % (name, size_text(outcome.bytes)))
-            dumps = [item for item in dumps if item.endswith(".dump")]
-            for item in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
-                os.unlink(os.path.join(folder, item))
-                outcome.pruned.append(item)
-        if outcome.error:
-            self.log("***ERROR - pool database backup failed: %s" % outcome.error)
-        return outcome
-
-    def _end_text(self, outcome):
-        """The last field of a VM's line in the status log."""
-        if outcome.error:
-            return "%s %s" % (outcome.status, outcome.name)
-        return "%s %s,elapse:%d size:%dG" % (
-            outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
-
-    def _tell(self, outcome):
-        self.outcomes.append(outcome)
+    def _back_up_one(self, label, choice, xapi, outcome, tries_left):
+        """One VM's turn: tells at once what came of it. True if it is to be tried again."""
+        if self.watch.signum and not outcome.attempts:
+            outcome.skipped = True
+            self.outcomes.append(outcome)
+            return False
+        earlier = outcome.error
+        if not earlier:
+            self.status(choice.kind, "begin", choice.name)
+        with outcome.recorded(), self.watch.activity(label) as activity:
+            back_up_vm(self, xapi, choice, outcome, activity)
+        if outcome.error and not outcome.final and tries_left and not self.watch.signum:
+            outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
+            return True
+        if earlier and not outcome.error:
+            outcome.warn("saved by try %d; before: %s" % (outcome.attempts, earlier))
+        text = "%s %s" % (outcome.status, outcome.name)
+        if not outcome.error:
+            text = "%s %s,elapse:%d size:%dG" % (
+                outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
+        self.status(choice.kind, "end", text)
         text = "***ERROR*** %s" % outcome.error
         if not outcome.error:
             word = "WARNING" if outcome.warnings else "Success"
             text = "***%s*** t:%d" % (word, outcome.seconds // 60)
+        self.outcomes.append(outcome)
         self.log("VmBackup %s %s - %s" % (outcome.kind, outcome.name, text))
+        return False
+
+    def _back_up_pool_db(self, xapi, outcome, tries_left):
+        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
+        max_backups newest. True if it is to be tried again."""
+        outcome = self.pool_database = self.pool_database or Outcome(
+            "pool-db", "METADATA_" + short_host_name(), self.log)
+        if self.watch.signum and not outcome.attempts:
+            outcome.skipped = True
+            return False
+        with outcome.recorded(), self.watch.activity("pool database") as activity:
+            self._dump(xapi, outcome, activity)
+        if outcome.error:
+            again = tries_left and not outcome.final and not self.watch.signum
+            self.log("***ERROR - pool database backup failed%s: %s" % (
+                ", to be tried again" if again else "", outcome.error))
+            return again
+        return False
+
+    def _dump(self, xapi, outcome, activity):
+        backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
+        with opened(backup_dir) as top, Lock(top, own), contextlib.ExitStack() as stack:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(native(own), 0o700, dir_fd=top)
+            fd = stack.enter_context(opened(native(own), top))
+            dumps = sorted(name for name in os.listdir(fd) if POOL_DUMP.match(name))
+            for name in dumps:
+                if name.endswith(".partial"):
+                    os.unlink(name, dir_fd=fd)
+            dumps = [name for name in dumps if name.endswith(".dump")]
+            moment, name = datetime.datetime.now(), None
+            while name in (None,) + tuple(dumps):
+                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
+                moment += datetime.timedelta(seconds=1)
+            tables = ()
+            with contextlib.suppress(IndexError, BackupError, OSError):  # the last may be damaged
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                with open(os.open(dumps[-1], flags, dir_fd=fd), "rb", buffering=0) as file:
+                    tables = dump_tables(ring(file.readinto))
+            stream = Stream(xapi, "/pool/xmldbdump", {}, activity, xapi.master())
+            try:
+                saved = save(stream, name + ".partial", fd,
+                             functools.partial(prove_dump, tables=tables))
+                os.rename(name + ".partial", name, src_dir_fd=fd, dst_dir_fd=fd)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(name + ".partial", dir_fd=fd)
+            sync(fd)
+            outcome.folder, outcome.file = os.path.join(backup_dir, native(own)), name
+            vouch(saved, outcome)
+            self.log("pool database saved: %s, %s" % (name, size_text(saved.size)))
+            for old in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
+                os.unlink(old, dir_fd=fd)
+                outcome.pruned.append(old)
+
+    # --- what the VMs share ---
+
+    @contextlib.contextmanager
+    def touching(self, target):
+        """While this lasts, the target's folder is told to be at work."""
+        self._targets.add(target)
+        try:
+            yield
+        finally:
+            self._targets.discard(target)
+
+    def _show(self, activities):
+        for target in list(self._targets):
+            target.touch()
+        self.log.progress(activities)
+
+    @contextlib.contextmanager
+    def room_for(self, name, plan_for, activity):
+        """The plan for a VM; the bytes that it expects are held back from those that begin while
+        it is exported."""
+        with self._planning:
+            free = self.free_bytes()
+            if free is not None:
+                free -= sum(max(expected - other.done, 0)
+                            for expected, other in self._reserved.values())
+            plan = plan_for(free=free)
+            self._reserved[name] = plan.expected, activity
+        try:
+            yield plan
+        finally:
+            with self._planning:
+                del self._reserved[name]
+
+    def free_bytes(self):
+        """Bytes free in backup_dir; None where that is not to be checked or the file server tells
+        no size."""
+        usage = shutil.disk_usage(self.settings.backup_dir)
+        return usage.free if self.settings.space_check and usage.total else None
 
     def _space(self):
         path = self.settings.backup_dir
         try:
-            figures = tuple(map(size_text, shutil.disk_usage(path)))
+            usage = shutil.disk_usage(path)
         except OSError as error:
             return describe(error)
-        return "%s total %s, used %s, free %s" % ((path,) + figures)
+        if not usage.total:
+            return "%s of unknown size: not checked whether backups will fit" % path
+        return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
     def counts(self):
-        """(S, W, E): E counts the pool database too."""
-        failed = [item for item in self.outcomes if item.error]
-        vms = [item for item in self.outcomes if not item.error and item.kind != "pool-db"]
-        warned = [item for item in vms if item.warnings]
-        return len(vms) - len(warned), len(warned), len(failed)
+        """(S, W, E, skipped): E counts the pool database too."""
+        results = collections.Counter(item.result for item in self.outcomes)
+        failed = bool(self.pool_database and self.pool_database.error)
+        return (results["SUCCESS"], results["WARNING"], results["ERROR"] + failed,
+                results["SKIPPED"])
 
     def _verdict(self):
         """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked, 128+n."""
-        if self.stop.signum:
-            return 128 + self.stop.signum
-        if any(item.error for item in self.outcomes):
-            return 4 if all(item.locked for item in self.outcomes) else 2
-        return 1 if self.settings.warnings or any(item.warnings for item in self.outcomes) else 0
+        if self.watch.signum:
+            return 128 + self.watch.signum
+        done = self.outcomes + [item for item in [self.pool_database] if item]
+        if any(item.error for item in done):
+            return 4 if all(item.locked for item in done) else 2
+        return 1 if self.settings.warnings or any(item.warnings for item in done) else 0
 
 
-def check_writable(path):
-    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
-    import tempfile
+# ============================== restore ==============================
+#
+# Makes a VM (of an XVA) or a disk (of raw and vhd) on the pool, and changes nothing that was there.
+# What a restore made and did not finish, clear_away destroys: the one place here that does.
+
+HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all before is proved
+LONGEST_CHUNK = 65 * MIB  # of an XVA, with its headers: so far back may the last one begin
+HOST_ENDS = 120  # seconds that the task of a restore which was killed may still take to end
+UNUSED_ENDS = 5  # the same where nothing bears it: it may be that nothing was sent
+NOTE_FILE = re.compile(r"\.restore-[0-9a-f-]{36}\.json\Z")
+ELSEWHERE = "/var/tmp"  # for the notes, where backup_dir cannot be written  # noqa: S108
+RESTORE_WORDS = ("a VM's name behind a config file, preview, backup=FOLDER, sr=SR, as=NAME,"
+                 " preserve=True or False, and settings")
+
+
+class _Enough(Exception):
+    """Ends a proof, or an upload, before its end."""
+
+
+def restore_command(words, log, watch):
+    """`restore`: a backup's way back to a pool. Returns the exit status. Raises ConfigError for
+    what is refused before anything was sent, another BackupError for what failed."""
+    wish, begin = parse_restore(words), time.monotonic()
+    settings = wish.settings
+    hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+    watch.rate = settings.rate_limit * 10**6
+    xapi = Xapi(hosts, watch.pure(credentials, settings, words[0]), log, watch)
+
+    def work():
+        with contextlib.ExitStack() as stack:
+            source = find_source(wish, log, stack)
+            xapi.connect()
+            watch.check()
+            pool = next(iter(xapi.all("pool").values()))
+            elsewhere = stack.enter_context(opened(ELSEWHERE))
+            for place in [] if wish.preview else {source.top, elsewhere} - {None}:
+                sweep(xapi, watch, place, pool["uuid"], log)
+            plan = plan_restore(wish, source, xapi, pool, log)
+            if not wish.preview:
+                activity = stack.enter_context(watch.activity("restore of " + source.label))
+                uuid = Restore(xapi, watch, source, plan, activity, log).run()
+                log("restored: %s uuid=%s t:%d" % (
+                    plan.name, uuid, (time.monotonic() - begin) // 60))
+        return 0
+
+    if not settings.tls_verify:
+        log("***WARNING - tls_verify=False: the host's certificate is not checked")
+    try:
+        with watch.attend(log.progress):
+            return watch.do(work)
+    finally:
+        watch.do(xapi.close)
+
+
+def parse_restore(words):
+    """What the command line asks for. Raises ConfigError."""
+    path = os.path.realpath(native(words[1]))
+    wish = types.SimpleNamespace(path=path, vm=None, preview=False, backup=None, sr=None, name=None,
+                                 preserve=False)
+    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
+    if not os.path.exists(path):
+        raise ConfigError("ERROR - there is no config file, folder or export %s" % words[1])
+    pairs = []
+    for word in words[2:]:
+        key, separator, value = word.partition("=")
+        key = key.lower()
+        if word.lower() == "preview":
+            wish.preview = True
+        elif key in ("backup", "sr", "as") and value:
+            setattr(wish, {"as": "name"}.get(key, key), value)
+        elif key == "preserve" and value.lower() in ("true", "false"):
+            wish.preserve = value.lower() == "true"
+        elif separator and key in KNOWN:
+            pairs.append((key, value, "command line"))
+        elif not separator and wish.vm is None and is_config:
+            wish.vm = word
+        else:
+            raise ConfigError("ERROR - invalid parameter %s: allowed are %s" % (
+                word, RESTORE_WORDS))
+    if bool(wish.vm) != is_config or wish.backup and not is_config:
+        raise ConfigError("ERROR - missing is the name of the VM" if is_config else
+                          "ERROR - backup= goes with a config file and a VM's name")
+    wish.settings = make_settings(load_config(path) if is_config else [], pairs)
+    return wish
+
+
+# --- what is on disk ---
+
+
+def find_source(wish, log, stack):
+    """What is restored, a namespace: fd and size of the export, top (descriptor of backup_dir, None
+    for a lone file), file, label (of folder or file), date, digest (the SHA-256 it has to have, or
+    None), disk_size and sr_uuid (of a raw disk or VHD, as recorded), name and uuid of its VM. Lock
+    and descriptors last as long as `stack`. Raises ConfigError, ArchiveError."""
+    patterns, name, path = [wish.settings.backup_dir_pattern, DEFAULT_PATTERN], wish.backup, None
+    top, vm = wish.settings.backup_dir, native(folder_name(wish.vm or ""))
+    if not wish.vm:
+        path, file = (wish.path, None) if os.path.isdir(wish.path) else os.path.split(wish.path)
+        above, name = os.path.split(path)
+        top, vm = os.path.split(above)
+    try:
+        top_fd = stack.enter_context(opened(top))
+        if not path or not file or set(MARKERS).intersection(os.listdir(path)):
+            try:
+                stack.enter_context(Lock(top_fd, from_argv(vm), "read.lock", shared=True))
+            except OSError as error:
+                log("***WARNING - not locked against a deletion: %s" % describe(error))
+            vm_fd = stack.enter_context(opened(vm, top_fd))
+            found = [item for item in backups(scan(vm_fd, patterns)) if name in (None, item.name)]
+            for item in found[-1:]:
+                fd = stack.enter_context(opened(item.name, vm_fd))
+                return read_source(fd, top_fd, item, stack)
+        elif os.path.isdir(path):
+            fd = stack.enter_context(opened(path))
+            moment = os.stat(file, dir_fd=fd).st_mtime
+            return read_source(fd, None, Folder(None, moment, export=file), stack)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError("ERROR - cannot read the backup: %s" % describe(error)) from None
+    raise ConfigError("ERROR - there is no %sbackup with a marker in %s" % (
+        "such " if name else "", os.path.join(top, vm)))
+
+
+def read_source(fd, top, item, stack):
+    """The same of a Folder whose descriptor is fd; its name is None for a lone file."""
+    export, sums, vm, vdi = item.export, {}, {}, {}
+    if item.name:
+        export, sums, _ = look_into(fd)
+        if sums and export not in sums:
+            raise ArchiveError("SHA256SUMS does not list %s" % export)
+        for label in ("xvda", "hda", "sda", "0"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                with opened("DISK-" + label, fd) as disk:
+                    vdi = vdi or read_cfg("vdi.cfg", disk)
+        with contextlib.suppress(FileNotFoundError):
+            vm = read_cfg("vm.cfg", fd)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(export, flags, dir_fd=fd)
+    stack.callback(os.close, file)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise ConfigError("ERROR - %s is no regular file" % export)
+    size = vdi.get("virtual_size", "")
+    return types.SimpleNamespace(
+        fd=file, size=os.fstat(file).st_size, top=top, file=export, label=item.name or export,
+        date=datetime.datetime.fromtimestamp(item.created), digest=sums.get(export),
+        disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
+        name=vm.get("name_label") or vm_name(EXPORT.match(export).group(1)),
+        uuid=vm.get("orig_uuid", ""))
+
+
+def pieces_of(source):
+    """The pieces of the export, from its start."""
+    os.lseek(source.fd, 0, os.SEEK_SET)
+    return ring(lambda view: os.readv(source.fd, [view]))
+
+
+def read_ova(source):
+    """(version, {class: {id: record}}, {id: OvaDisk}) of an XVA's ova.xml. Raises ArchiveError."""
+    def sink(_ref, _offset, data):
+        raise _Enough(bytes(data))
 
     try:
-        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
-            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+        prover(source.file, sink=sink)(pieces_of(source))
+    except _Enough as enough:
+        data = enough.args[0]
+        value: Any = xmlrpc.client.loads(b"<params><param>%s</param></params>" % data)[0][0]
+        found = collections.defaultdict(dict)
+        for item in value["objects"]:
+            found[item["class"]][item["id"]] = item["snapshot"]
+        if len(found["VM"]) == 1:
+            return value["version"], found, expected_disks(data)
+    raise ArchiveError("the archive does not hold just one VM")
 
 
-# ============================== verify ==============================
+def held_back(source):
+    """How many bytes at the end go out last: at least HELD_BACK, and of a plain archive all from
+    the header of the last chunk on, for XAPI reads it no further."""
+    start = max(source.size - HELD_BACK, 0) // 512 * 512
+    tail = os.pread(source.fd, source.size - start, start)
+    at = max((len(tail.rstrip(b"\0")) - 1) // 512 * 512 - 512, 0)  # the member with its hash
+    chunk = tail[at : at + 100].split(b"\0")[0].rpartition(b".")[0] + b"\0"
+    if source.file.endswith(".xva") and len(chunk) > 1:
+        for header in range(start + at, max(start + at - LONGEST_CHUNK, 0), -512):
+            if os.pread(source.fd, len(chunk), header) == chunk:
+                return max(source.size - header, HELD_BACK)
+    return HELD_BACK
 
 
-def verify(top, only, log):
-    """Proves every marked backup below `top` (backup_dir, a VM's folder or one backup) at rest:
-    checksums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
-    good = bad = 0
-    for folder in marked_folders(top):
-        vm = os.path.basename(os.path.dirname(folder))
-        if only is not None and vm != native(folder_name(only)):
-            continue
-        label = "VmBackup verify %s/%s" % (vm, os.path.basename(folder))
+def image_size(source):
+    """Bytes of the disk that a raw or vhd file holds, as the file tells."""
+    if source.file.endswith(".raw"):
+        return source.disk_size or source.size
+    return struct.unpack(">Q", os.pread(source.fd, 56, 0)[48:].rjust(8, b"\0"))[0]
+
+
+# --- what will be made ---
+
+
+def plan_restore(wish, source, xapi, pool, log):
+    """What a restore makes, and where: checked against the pool, and logged. Changes nothing.
+    Raises ConfigError where it is refused."""
+    plan = types.SimpleNamespace(pool=pool, ova=None, preserve=wish.preserve, names=[], original=[])
+    srs, vms = xapi.all("SR"), xapi.all("VM")
+    plugged = collections.defaultdict(list)
+    for pbd in xapi.all("PBD").values():
+        if pbd["currently_attached"]:
+            plugged[pbd["SR"]].append(pbd["host"])
+    plan.sr = choose_sr(wish.sr, source, plan.pool, srs, plugged)
+    plan.host = None if plan.pool["master"] in plugged[plan.sr] else plugged[plan.sr][0]
+    name, plan.sizes = source.name, [max(source.disk_size or 0, image_size(source))]
+    if source.file.endswith((".raw", ".vhd")):
+        vms = xapi.all("VDI")
+    else:
+        version, plan.ova, disks = read_ova(source)
+        plan.sizes = [disk.size for disk in disks.values()]
+        (archived,) = plan.ova["VM"].values()
+        plan.names, seed = [archived["name_label"]], archived["other_config"].get("mac_seed")
+        if not source.uuid:
+            name = re.sub(r"\ARESTORE_", "", archived["name_label"])
+        check_archive(plan, version, seed, vms, xapi)
+        plan.original = [vm for vm in vms.values() if not vm["is_a_snapshot"] and (
+            vm["uuid"] in (source.uuid, archived["uuid"]) or vm["name_label"] == name
+            or seed and vm["other_config"].get("mac_seed") == seed)]
+    plan.name = choose_name(wish.name, name, source, bool(plan.ova), vms)
+    plan.names.append(plan.name)
+    sr, size = srs[plan.sr], sum(plan.sizes)
+    free = int(sr["physical_size"]) - int(sr["physical_utilisation"])
+    log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there" % (
+        source.label, source.file, size_text(source.size), "VM" if plan.ova else "disk", plan.name,
+        sr["name_label"], plural(len(plan.sizes), "disk"), size_text(size), size_text(free)))
+    if size > free:
+        log("***WARNING - that may not fit")
+    there = xapi.all("network").values() if plan.ova else ()
+    for network in plan.ova["network"].values() if plan.ova else ():
+        if not any(network[key] == other[key] for key in ("name_label", "bridge")
+                   for other in there):
+            log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
+                % network["name_label"])
+    return plan
+
+
+def choose_sr(wanted, source, pool, srs, plugged):
+    """The ref of the storage repository to restore to. Raises ConfigError with the choice."""
+    found = [ref for ref, sr in srs.items() if wanted in (sr["uuid"], sr["name_label"])]
+    if not wanted:
+        found = [ref for ref, sr in srs.items() if sr["uuid"] == source.sr_uuid and plugged[ref]]
+        found = found or [ref for ref in srs if ref == pool["default_SR"]]
+    good = [ref for ref, sr in srs.items() if sr["content_type"] != "iso" and plugged[ref]]
+    if len(found) == 1 and found[0] in good:
+        return found[0]
+    raise ConfigError("ERROR - %s: choose one with sr=, by name or uuid: %s" % (
+        "sr=%s is not one storage repository for disks" % wanted if wanted else
+        "the pool has no default storage repository in use",
+        ", ".join(sorted("%s (%s, %s free)" % (srs[ref]["name_label"], srs[ref]["uuid"], size_text(
+            max(int(srs[ref]["physical_size"]) - int(srs[ref]["physical_utilisation"]), 0)))
+            for ref in good))))
+
+
+def check_archive(plan, version, seed, vms, xapi):
+    """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists."""
+    master = xapi.records("host", [plan.pool["master"]])[plan.pool["master"]]
+    here = re.findall(r"\d+", master["software_version"].get("xapi", ""))[:2]
+    made_by = [int(version["xapi_major"]), int(version["xapi_minor"])]
+    if len(here) == 2 and made_by > [int(number) for number in here]:
+        raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %s: update"
+                          " the pool first" % (*made_by, ".".join(here)))
+    if plan.preserve:
+        twins = [vm for vm in vms.values() if seed and vm["other_config"].get("mac_seed") == seed]
+        for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if plan.ova[kind]]:
+            uuids = {record["uuid"] for record in plan.ova[kind].values()}
+            twins += [record for record in xapi.all(kind).values() if record["uuid"] in uuids]
+        if twins:
+            told = twins[0].get("name_label") or "a device of it"
+            raise ConfigError("ERROR - preserve=True: the original or a copy is on the pool (%s,"
+                              " uuid %s): delete it first, or restore without preserve" % (
+                                  told, twins[0]["uuid"]))
+
+
+def choose_name(wanted, name, source, is_vm, others):
+    """The name of what is made, one that no other bears. Raises ConfigError."""
+    taken = {other["name_label"] for other in others.values() if not other["is_a_snapshot"]}
+    if wanted in taken:
+        raise ConfigError("ERROR - as=%s: one of that name is there already" % wanted)
+    dated = "%s-restored-%s" % (name, source.date.strftime("%Y-%m-%d"))
+    names = itertools.chain([wanted or name] if wanted or is_vm else [], [dated],
+                            ("%s-%d" % (dated, number) for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+# --- the restore ---
+
+
+class Guarded:
+    """The export as the body of a PUT: its last `held` bytes go out when vouch() has returned."""
+
+    def __init__(self, pieces, length, held, vouch):
+        self._pieces, self._length, self._held, self._vouch = pieces, length, held, vouch
+        self.vouched = False
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        tail, left, free = bytearray(), self._length, max(self._length - self._held, 0)
+        for piece in self._pieces:
+            piece = piece[:left]  # a raw file may be longer than its disk, by zeros
+            now, left = piece[:free], left - len(piece)
+            free -= len(now)
+            tail += piece[len(now) :]
+            if len(now):
+                yield now
+        self._vouch()
+        self.vouched = True
+        for at in range(0, len(tail), MIB):
+            yield tail[at : at + MIB]
+
+
+class Restore:
+    """One restore: run() carries out a plan and returns the uuid of what it made. If it fails,
+    nothing that it made is left."""
+
+    def __init__(self, xapi, watch, source, plan, activity, log):
+        self._xapi, self._watch, self._source, self._plan = xapi, watch, source, plan
+        self._activity, self._log = activity, log
+
+    def run(self):
+        xapi, plan, note = self._xapi, self._plan, None
+        query = {"sr_id": plan.sr, "restore": "true" if plan.preserve else "false"}
+        if not plan.ova:
+            query = {"format": self._source.file.rpartition(".")[2]}
+        endpoint = xapi.master()
+        if plan.host:
+            endpoint = xapi.at(xapi.call("host.get_address", plan.host))
         try:
-            log("%s - ***Success*** %s" % (label, ", ".join(verify_folder(folder))))
+            with Stream(xapi, "/import" if plan.ova else "/import_raw_vdi", query, self._activity,
+                        endpoint, put=True) as stream:
+                note = self._note(stream.task)
+                if not plan.ova:
+                    query["vdi"] = self._make_disk(stream.task)
+                self._send(stream)
+                made = stream.result
+            ours = _made(xapi, "VM" if plan.ova else "VDI", stream.task)
+            if list(ours) != made:
+                raise BackupError("the host tells of another object than it made")
+            self._watch.check()
+            (record,) = ours.values()
+            self._finish(made[0], record)
+        except BaseException as error:
+            debug(error, self._log)
+            if note:
+                self._undo(note, stream)
+            raise
+        note.remove()
+        return record["uuid"]
+
+    def _note(self, task):
+        record = self._xapi.records("task", [task])[task]
+        return Note(self._source.top, {
+            "pool": self._plan.pool["uuid"], "task": task, "uuid": record["uuid"],
+            "created": moment_of(record["created"]), "names": self._plan.names,
+            "disks": len(self._plan.sizes), "backup": self._source.label,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S")}, self._log)
+
+    def _make_disk(self, task):
+        """The ref of a new disk, marked ours until it is whole."""
+        plan = self._plan
+        ref = self._xapi.run_task("VDI.create", {
+            "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
+            "virtual_size": str(plan.sizes[0]), "sharable": False, "read_only": False,
+            "other_config": {OUR_KEY: "restore=" + task}})
+        plan.sizes[0] = int(self._xapi.call("VDI.get_virtual_size", ref))
+        return ref
+
+    def _send(self, stream):
+        """Sends the export, and returns when the host tells that it is imported."""
+        source, digest, proof = self._source, Future(), Future()
+        length = source.size
+        if source.file.endswith(".raw"):
+            length = min(length, self._plan.sizes[0])
+        self._activity.doing, self._activity.expected = "import", length
+
+        def vouch():
+            phrases = ["sha256" if source.digest else "NOT sha256"] + proof.result()
+            if source.digest not in (None, digest.result()):
+                raise ArchiveError("%s does not match its SHA-256" % source.file)
+            self._log("%s proved whole: %s" % (source.file, ", ".join(phrases)))
+
+        def upload(pieces):
+            body = Guarded(pieces, length, held_back(source), vouch)
+            stream.send(body)
+            if not body.vouched:
+                raise _Enough
+
+        def told(future, function):
+            def consume(pieces):
+                try:
+                    future.set_result(function(pieces))
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+            return consume
+
+        try:
+            fan_out(pieces_of(source), upload, told(digest, hash_all),
+                    told(proof, prover(source.file, source.disk_size)))
+        except Elsewhere as elsewhere:
+            stream.endpoint = self._xapi.at(elsewhere.location)
+            return self._send(stream)
+        except _Enough:  # the host stopped reading: its task tells why
+            stream.verdict()
+            raise BackupError("the host took the import for whole before its end") from None
+        if not stream.verdict():
+            raise BackupError("the host lost the task of the import")
+
+    def _finish(self, ref, record):
+        """Makes of what was imported what was asked for: named, told from the original, safe to
+        have beside it."""
+        call, plan = self._xapi.call, self._plan
+        if not plan.ova:
+            call("VDI.remove_from_other_config", ref, OUR_KEY)
+            self._log("to attach it:")
+            self._log("  xe vm-list name-label=%s params=uuid" % quoted(self._source.name))
+            self._log("  xe vbd-create vm-uuid=VM vdi-uuid=%s device=autodetect type=Disk mode=RW"
+                      " bootable=false" % record["uuid"])
+            self._log("  xe vbd-plug uuid=VBD  (if the VM runs)")
+            return
+        call("VM.set_name_label", ref, plan.name)
+        call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
+            self._source.label, record["name_description"])).strip())
+        call("VM.remove_from_other_config", ref, OUR_KEY)  # that of the snapshot
+        if record["is_a_template"]:
+            call("VM.set_is_a_template", ref, False)
+        if plan.original and record["ha_restart_priority"]:
+            call("VM.set_ha_restart_priority", ref, "")
+        if plan.original:
+            call("VM.remove_from_other_config", ref, "auto_poweron")
+            self._log("NOTE - %s is on the pool: neither HA nor a host's start will start the"
+                      " restored VM" % plan.original[0]["name_label"])
+
+    def _undo(self, note, stream):
+        try:
+            if stream.begun and not stream.ended:
+                raise BackupError("the host is still at work on it")
+            clear_away(self._xapi, self._watch, note.facts, self._log, True)
+            note.remove()
+        except Exception as error:
+            self._log("***WARNING - what was begun is not cleared away, the next restore does it:"
+                      " %s" % reason_of(error))
+
+
+# --- what a restore leaves that is cut off ---
+
+
+def moment_of(date):
+    """A date of XAPI's as digits, which compare."""
+    return re.sub(r"\D", "", str(date))[:14]
+
+
+class Note:
+    """The file that tells the next restore what this one may leave; locked while it lives."""
+
+    def __init__(self, top, facts, log):
+        self.facts, self._name = facts, ".restore-%s.json" % facts["uuid"]
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._top = open_folder(ELSEWHERE) if top is None else os.dup(top)
+            self._fd = os.open(self._name, flags, 0o600, dir_fd=self._top)
+            with contextlib.suppress(OSError):  # no locks here
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._fd, json.dumps(facts).encode("ascii"))
+            os.fsync(self._fd)
+            sync(self._top)
+        except OSError as error:
+            if top is None:
+                raise BackupError("the restore cannot be noted: %s" % describe(error)) from None
+            log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
+            self.__init__(None, facts, log)
+
+    def remove(self):
+        os.unlink(self._name, dir_fd=self._top)
+        os.close(self._fd)
+        os.close(self._top)
+
+
+def sweep(xapi, watch, top, pool, log):
+    """Clears away what restores left on this pool that live no more, by their notes in a folder."""
+    for name in sorted(filter(NOTE_FILE.match, os.listdir(top))):
+        try:
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(name, flags, dir_fd=top)
+        except OSError:
+            continue
+        with open(fd, "rb") as file, contextlib.suppress(BlockingIOError):  # it lives
+            about = os.fstat(fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if about.st_uid not in (os.geteuid(), os.fstat(top).st_uid) or about.st_mode & 0o022:
+                continue
+            try:
+                facts = json.loads(file.read(MIB).decode("ascii") or "null")
+                if facts and facts["pool"] != pool:
+                    continue
+                if facts:
+                    log("clearing away what a restore of %s left at %s" % (
+                        facts["backup"], facts["time"]))
+                    clear_away(xapi, watch, facts, log)
+                os.unlink(name, dir_fd=top)
+            except Exception as error:
+                log("***WARNING - %s: %s" % (name, reason_of(error)))
+
+
+def clear_away(xapi, watch, facts, log, ended=False):
+    """Destroys what a restore made and did not finish: what bears its own import_task, and only
+    while nothing tells that somebody took it into use. What is left alone is named."""
+    begin, told = time.monotonic(), set()
+    for task in iter(lambda: None if ended else _pending(xapi, facts["task"]), None):
+        waited = time.monotonic() - begin
+        if waited > HOST_ENDS:
+            raise BackupError("the host is still at work on it")
+        if waited > UNUSED_ENDS and not _made(xapi, "VM", task) and not _made(xapi, "VDI", task):
+            break  # a task that nothing was ever begun with does not end
+        time.sleep(1)
+    with contextlib.suppress(XapiError):
+        xapi.call("task.destroy", facts["task"])
+
+    def leave(kind, record, why):
+        if record["uuid"] not in told:
+            told.add(record["uuid"])
+            log("NOTE - %s %s uuid=%s, which a restore left, is left alone: %s" % (
+                kind, record["name_label"], record["uuid"], why))
+
+    patiently(watch, lambda: _clear(xapi, facts, leave))
+
+
+def _pending(xapi, task):
+    """The task if it has not ended; asks the host to end it."""
+    record = xapi.records("task", [task]).get(task)
+    if not record or record["status"] not in ("pending", "cancelling"):
+        return None
+    with contextlib.suppress(XapiError):
+        xapi.call("task.cancel", task)
+    return task
+
+
+def _made(xapi, kind, task):
+    """{ref: record} of the objects of a class, no snapshots, that bear a restore's mark."""
+    return {ref: record for ref, record in xapi.all(kind).items()
+            if not record.get("is_a_snapshot") and task in (
+                record["other_config"].get("import_task"),
+                record.get("sm_config", {}).get("import_task"),
+                record["other_config"].get(OUR_KEY, "").partition("=")[2])}
+
+
+def _clear(xapi, facts, leave):
+    """One attempt at that; whoever repeats it does no harm."""
+    task, vms, vbds = facts["task"], xapi.all("VM"), xapi.all("VBD")
+    own, vdis = _made(xapi, "VM", task), _made(xapi, "VDI", task)
+    gone = None
+    for ref, vm in own.items():
+        why = "it has a copy" if len(own) > 1 else _in_use(xapi, facts, vm, vms, vbds, vdis)
+        if why:
+            leave("VM", vm, why)
+        elif vm["current_operations"]:
+            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
+        else:
+            destroy(xapi, "VM.destroy", ref)
+            gone = ref
+    for ref, vdi in vdis.items():
+        users = {vbds[vbd]["VM"] for vbd in vdi["VBDs"] if vbd in vbds} - {gone}
+        if len(vdis) > facts["disks"] and not gone:
+            leave("disk", vdi, "it has a copy")
+        elif vdi["snapshots"] or not all(vms[vm]["is_control_domain"] for vm in users if vm in vms):
+            leave("disk", vdi, "it is in use")
+        else:
+            destroy(xapi, "VDI.destroy", ref)
+    for ref, network in _made(xapi, "network", task).items():
+        if not network["VIFs"] and not network["PIFs"]:
+            destroy(xapi, "network.destroy", ref)
+
+
+def _in_use(xapi, facts, vm, vms, vbds, vdis):
+    """Why a VM that a restore left is somebody's by now, or None."""
+    metrics = xapi.records("VM_metrics", [vm["metrics"]]).get(vm["metrics"], {})
+    disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
+    if vm["power_state"] != "Halted" or moment_of(metrics.get("start_time", "")) > facts["created"]:
+        return "it was started"
+    if vm["name_label"] not in facts["names"]:
+        return "it was renamed"
+    if vm["snapshots"]:
+        return "it has snapshots"
+    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"] for ref in disks):
+        return "it has a disk that is not the restore's alone"
+    return None
+
+
+# ============================== list and check ==============================
+
+# What the disk tells of a VM: its name, that of its folder, the Folders in that, or an error.
+Shelf = collections.namedtuple("Shelf", "vm folder found error")
+AGES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
+AHEAD = 3600  # seconds by which clocks may differ
+FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps gone
+NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
+
+
+def open_shelf(word):
+    """(folder, Settings or None) of an argument: a config file (its backup_dir) or a folder."""
+    top, settings = native(word), None
+    if os.path.isfile(top):
+        settings = make_settings(load_config(top), [])
+        top = settings.backup_dir
+    if not os.path.isdir(top):
+        raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
+    return os.path.abspath(top), settings
+
+
+def take_stock(top, settings, watch):
+    """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
+    backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
+    patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
+    above, folder = os.path.split(top)
+    shelves = []
+    with opened(top) as fd:
+        if not settings and _marker(fd, os.listdir(fd))[0]:
+            with opened(above) as vm_fd:
+                shelf = _shelf(vm_fd, os.path.basename(above), patterns)
+            return [shelf._replace(found=[x for x in shelf.found if x.name == folder])], True
+        shelf = None if settings else _shelf(fd, folder, patterns)
+        if shelf and shelf.found:
+            return [shelf], True
+        for name in sorted(os.listdir(fd)):
+            watch.check()
+            try:
+                with opened(name, fd) as vm_fd:
+                    shelves.append(_shelf(vm_fd, name, patterns))
+            except OSError as error:
+                if error.errno != errno.ENOTDIR and name != "lost+found":
+                    shelves.append(Shelf(vm_name(name), name, [], describe(error)))
+    names = collections.Counter(item.vm for item in shelves if item.found or item.error)
+    return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
+            item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
+            for item in shelves if item.found or item.error], False
+
+
+def _shelf(vm_fd, folder, patterns):
+    found, label = sorted(scan(vm_fd, patterns, folder)), ""
+    with contextlib.suppress(OSError, BackupError, IndexError), opened(
+            backups(found)[-1].name, vm_fd) as fd:
+        label = read_cfg("vm.cfg", fd).get("name_label", "")
+    dated = any(item.created is not None for item in found)
+    return Shelf(label or vm_name(folder), folder, found if dated else [], "")
+
+
+def _named(shelves, vm):
+    return [item for item in shelves if vm == item.vm or native(folder_name(vm)) == item.folder]
+
+
+def _chosen(settings, shelves, watch):
+    """The Choices of a config file; their refs are Shelves."""
+    names = {item.vm: [item] for item in shelves}
+    return watch.pure(select, settings.rules, names).choices
+
+
+def _odd(item):
+    """What is odd about a Folder: texts, with the kind of oddity in front of a colon."""
+    alien = not (item.marker or item.unfinished or item.pinned or item.error)
+    return [text for text in (
+        item.error and "unreadable: " + item.error, item.unfinished and "unfinished",
+        alien and "foreign", item.foreign and "foreign: " + printable(item.foreign),
+        item.marker and not whole(item) and "no export", item.pinned and "pinned",
+        (item.created or 0) > time.time() + AHEAD and "from the future") if text]
+
+
+def _facts(item, key):
+    """What JSON tells of a backup, or of none; key: how its date is called."""
+    if not item:
+        return {key: None, "age_seconds": None, "kind": None, "file": None, "bytes": 0}
+    moment = datetime.datetime.fromtimestamp(int(item.created)).astimezone()
+    kind = "vdi-export" if (item.export or "").endswith((".raw", ".vhd")) else "vm-export"
+    return {key: moment.isoformat(), "age_seconds": int(time.time() - item.created),
+            "kind": kind if item.export else None,
+            "file": item.export and from_argv(item.export), "bytes": item.size}
+
+
+def _overview(shelf):
+    good = backups(shelf.found)
+    odd = collections.Counter(text.split(":")[0] for item in shelf.found for text in _odd(item))
+    texts = ["%d %s" % (odd[text], text) for text in sorted(odd)]
+    return {"vm": shelf.vm, "backups": len(good), **_facts(good[-1] if good else None, "newest"),
+            "total_bytes": sum(item.size for item in good),
+            "odd": texts + ["unreadable: " + shelf.error] * bool(shelf.error)}
+
+
+def _details(shelf, settings, choices):
+    """One VM's backups, with the rules of the config file that keep each."""
+    keep = [choice.keep for choice in choices if shelf in choice.refs]
+    why = kept(shelf.found, settings.policy(keep[0])) if keep else {}
+    for item in backups(shelf.found):
+        ruled = why.get(item.name) if keep else ["not chosen"] if settings else []
+        yield {"folder": from_argv(item.name), **_facts(item, "created"), "marker": item.marker,
+               "pinned": item.pinned, "kept_by": ruled, "odd": _odd(item)}
+
+
+def list_command(words, log, watch):
+    """Prints what is there, as a table or as JSON. Returns 0, or 2 where no backup is."""
+    as_json = len(words) > 1 and words[-1].lower() == "json"
+    words = words[:-1] if as_json else words
+    if len(words) > 2:
+        raise ConfigError("ERROR - invalid parameter %s: list <config-file|folder> [vm-name] [json]"
+                          % words[2])
+    top, settings = watch.do(open_shelf, words[0])
+    every, single = watch.do(take_stock, top, settings, watch)
+    shelves = _named(every, words[1]) if len(words) > 1 else every
+    good = [item for shelf in shelves for item in backups(shelf.found)]
+    if single or len(words) > 1:
+        choices = _chosen(settings, every, watch) if settings else []
+        entries = [facts for item in shelves for facts in _details(item, settings, choices)]
+        rows = [("backup", "age", "size", "kept by")] + [
+            (item["folder"], _age(item), size_text(item["bytes"]), ", ".join(dict.fromkeys(
+                (item["kept_by"] or ["would be deleted"] * (item["kept_by"] is None))
+                + item["odd"]))) for item in entries]
+        rows += [(item.name, "", "", ", ".join(_odd(item))) for shelf in shelves
+                 for item in shelf.found if item not in good]
+        lines = table(rows, 1000, (1, 2))  # nothing is cut: a narrow terminal folds the line
+    else:
+        entries = [_overview(item) for item in shelves]
+        lines = table([("VM", "n", "newest", "age", "kind", "size", "all", "odd")] + [
+            (item["vm"], str(item["backups"]), (item["newest"] or "never")[:10], _age(item),
+             (item["kind"] or "")[:-7], size_text(item["bytes"]), size_text(item["total_bytes"]),
+             ", ".join(item["odd"])) for item in entries], 1000, (1, 3, 5, 6))
+    lines.append("%s of %s, %s; %s free in %s" % (
+        plural(len(good), "backup"), plural(len(shelves), "VM"),
+        size_text(sum(item.size for item in good)), size_text(shutil.disk_usage(top).free), top))
+    for line in [json.dumps(entries, indent=2)] if as_json else map(printable, lines):
+        log.bare(line)
+    return 0 if good else 2
+
+
+def _age(facts):
+    """Not more than a column of a table needs: '2 h', '3 d 2 h', '41 d'."""
+    age = facts["age_seconds"]
+    unit = 86400 if (age or 0) > 10 * 86400 else 3600 if (age or 0) > 3600 else 1
+    return "-" if age is None else time_text(age // unit * unit)
+
+
+def check_command(words, log, watch):
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
+    Returns the exit status; what it raises means 3, UNKNOWN."""
+    ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
+    for word in words[1:]:
+        age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
+        if age:
+            ages[age.group(1)] = int(age.group(2)) * AGES[age.group(3)]
+        elif given or "=" in word:
+            raise ConfigError("ERROR - invalid parameter %s: check <config-file|folder> [vm-name]"
+                              " [warn=26h] [crit=50h], with ages like 90m, 26h, 3d, 2w" % word)
+        else:
+            given.append(word)
+    if ages["crit"] < ages["warn"]:
+        raise ConfigError("ERROR - crit= (default 50h) is below warn= (default 26h)")
+    top, settings = watch.do(open_shelf, words[0])
+    shelves, _ = watch.do(take_stock, top, settings, watch)
+    if given:
+        asked = [(given[0], _named(shelves, given[0]))]
+    elif settings:
+        asked = [(choice.name, choice.refs) for choice in _chosen(settings, shelves, watch)]
+    else:
+        asked = [(item.vm, [item]) for item in shelves
+                 if backups(item.found) or any(one.error for one in [item] + item.found)]
+    if not asked:
+        raise BackupError("no backup in %s" % top)
+    judged = sorted((_judge(*vm, **ages) for vm in asked), key=lambda item: item[0])
+    late = [item for item in judged if item[1]]
+    status, known = judged[0][1], [item[3] for item in judged if item[3] is not None]
+    told = ["%s (%s)" % (name, text) for _, _, name, _, text in (late or judged)[:NAMED]]
+    told += ["and %d more" % (len(late) - NAMED)] * (len(late) > NAMED)
+    count = "%d of %d VMs: " % (len(late), len(judged)) if late else (
+        "%s, longest ago " % plural(len(judged), "VM"))
+    figures = ["vms=%d late=%d;0;0" % (len(judged), sum(item[1] in (1, 2) for item in judged))]
+    if known:
+        figures.append("oldest=%ds;%d;%d newest=%ds" % (
+            max(known), ages["warn"], ages["crit"], min(known)))
+    figures.append("free=%dB" % shutil.disk_usage(top).free)
+    log.bare("VMBACKUP %s - %s%s | %s" % (("OK", "WARNING", "CRITICAL", "UNKNOWN")[status], count,
+                                          ", ".join(told if late else told[:1]),
+                                          " ".join(figures)))
+    for _, _, name, age, text in late:
+        gone = "; gone? exclude=%s, or move its folder" % name if (age or 0) > FORGOTTEN else ""
+        log.bare("%s: %s%s" % (name, text, gone))
+    return status
+
+
+def _judge(vm, shelves, warn, crit):
+    """(place in the order, exit status, name, age in seconds or None, text) of one VM."""
+    errors = [item.error for shelf in shelves for item in [shelf] + shelf.found if item.error]
+    made = [item.created for shelf in shelves for item in backups(shelf.found)]
+    age, text, status = None, "never", 2
+    if made:
+        age = int(time.time() - max(made))
+        text = time_text(age) if age >= -AHEAD else "%s in the future" % time_text(-age)
+        status = 2 if age > crit or age < -AHEAD else 1 if age > warn else 0
+    if errors:
+        status, text = 3, "cannot be read: " + errors[0]
+    order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
+    name, text = (re.sub("[|'\"`]", "_", printable(item)) for item in (vm, text))
+    return order, status, name, age, text
+
+
+# ============================== verify and extract ==============================
+
+GRAIN = 64 * 1024  # bytes: so many zeros at a time become holes of an image
+ZEROS = bytes(GRAIN)
+
+
+def marked_folders(path, depth=2):
+    """Paths of the folders with a marker, up to `depth` levels below or `path` itself, sorted; and
+    of those that cannot be read, for whoever opens them to find out why."""
+    try:
+        with os.scandir(path) as entries:
+            inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    except OSError as error:
+        none = isinstance(error, FileNotFoundError) or os.path.basename(path) == "lost+found"
+        return [] if none else [path]
+    found = [marked_folders(os.path.join(path, name), depth - 1)
+             for name in sorted(inside) if inside[name] and depth]
+    # A VM may be called `success`, and a file of that name may lie where no backup is.
+    marked = any(inside.get(marker) is False for marker in MARKERS)
+    return list(itertools.chain(*found)) or [path] * marked
+
+
+def verify_command(words, log, watch):
+    """Proves every marked backup below a config file's backup_dir or a folder, or one export file:
+    sums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
+    if len(words) > 2:
+        raise ConfigError("ERROR - invalid parameter %s: verify <config-file|folder|file> [vm-name]"
+                          % words[2])
+    with watch.attend(log.progress):
+        return watch.do(verify, words[0], words[1:], log, watch)
+
+
+def verify(word, only, log, watch):
+    """The same in a worker. only: a VM's name or nothing."""
+    top, names, good, bad = os.path.abspath(native(word)), only, 0, 0
+    if os.path.isfile(top) and EXPORT.match(top):
+        found, names = [top], []
+    else:
+        top = open_shelf(word)[0]
+        found = marked_folders(top)
+    names = [spelt for name in names for spelt in (native(folder_name(name)), native(name))]
+    for path in found:
+        vm, name = path.split("/")[-2:]
+        if names and vm not in names:
+            continue
+        label = "VmBackup verify %s/%s" % (vm, name)
+        try:
+            with watch.activity(vm) as activity:
+                proved = (verify_folder if os.path.isdir(path) else verify_file)(
+                    path, watch, activity)
+            log("%s - ***Success*** %s" % (label, ", ".join(proved)))
             good += 1
-        except (OSError, BackupError) as error:
-            pruned = os.path.exists(os.path.join(folder, UNFINISHED))  # by a run, meanwhile
-            if os.path.isdir(folder) and not pruned:
-                log("%s - ***ERROR*** %s" % (label, describe(error)))
+        except Exception as error:  # one odd folder must not end the others' turn
+            if not pruned(path):
+                log("%s - ***ERROR*** %s" % (label, reason_of(error)))
                 bad += 1
     if not good + bad:
-        log("ERROR - no marked backup%s in %s" % (" of %s" % only if only else "", top))
+        log("ERROR - no marked backup%s in %s" % (" of " + only[0] if only else "", top))
     fine = good and not bad
     text = "Success" if fine else "**ERRORS DETECTED**"
     log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (text, good, bad))
     return 0 if fine else 2
 
 
-def marked_folders(top, depth=2):
-    """Paths of the folders with a marker, `top` itself or up to `depth` levels below, sorted; and
-    of those that cannot be read, for whoever opens them to find out why."""
-    # A VM may be called `success` too.
-    if any(os.path.isfile(os.path.join(top, marker)) for marker in MARKERS):
-        return [top]
-    if not depth:
-        return []
+def pruned(path):
+    """Whether what was a backup is none any more: a run may delete it meanwhile."""
     try:
-        with os.scandir(top) as entries:
-            inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return os.path.isdir(path) and not set(MARKERS).intersection(os.listdir(path))
     except OSError as error:
-        none = isinstance(error, FileNotFoundError) or os.path.basename(top) == "lost+found"
-        return [] if none else [top]
-    return sorted(itertools.chain(*[marked_folders(path, depth - 1) for path in inner]))
+        return isinstance(error, FileNotFoundError)
 
 
-def verify_folder(folder):
-    """Phrases that tell what was proved about one backup; raises ArchiveError or OSError."""
-    exports = [name for name in os.listdir(folder) if EXPORT.match(name)]
-    if len(exports) != 1:
-        raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    export, path = exports[0], os.path.join(folder, exports[0])
-    sums = read_sums(os.path.join(folder, "SHA256SUMS"))
-    ours = any(read_start(os.path.join(folder, marker), 8) == b"created=" for marker in MARKERS)
-    if (sums or ours) and not {export, "vm.cfg"} <= set(sums):
-        raise ArchiveError("SHA256SUMS does not list %s and vm.cfg" % export)
-    size, proved = recorded_size(folder), []
-    if size is None and export.endswith(".raw"):
-        size, proved = os.path.getsize(path), ["NOT its size (no vdi.cfg tells it)"]
-    checker, digest = make_checker(export, size), hashlib.sha256()
-    with open(path, "rb", buffering=0) as file, contextlib.closing(checker):
-        pump(file.readinto, digest.update, checker.feed)
-        proved = checker.finish() + proved
-    for name, value in sums.items():
-        mine = digest.hexdigest() if name == export else file_sha256(os.path.join(folder, name))
-        if mine != value:
-            raise ArchiveError("%s does not match SHA256SUMS" % name)
+def verify_file(path, watch, activity):
+    """Phrases that tell what was proved of an export by itself. Raises BackupError or OSError."""
+    (proved,) = read_export(path, None, watch, activity, prover(path))
+    return ["NOT sha256 (a file by itself)"] + proved
+
+
+def verify_folder(path, watch, activity):
+    """The same of a backup's folder, all of it."""
+    with opened(path) as fd:
+        export, sums, ours = look_into(fd)
+        for name in (export, "vm.cfg", "vm-metadata.xml"):
+            if name not in sums and (sums or ours):
+                raise ArchiveError("SHA256SUMS does not list %s" % name)
+        texts = read_metadata(fd, export, sums)
+        digest, proved = read_export(
+            export, fd, watch, activity, hash_all, prover(export, recorded_size(texts)))
+    if sums.get(export, digest) != digest:
+        raise ArchiveError("%s does not match SHA256SUMS" % export)
     return ["sha256 of %d files" % len(sums) if sums else "NOT sha256 (no SHA256SUMS)"] + proved
 
 
-def read_sums(path):
-    """{file name: SHA-256} of a SHA256SUMS file, empty if there is none (3.25 wrote none)."""
-    sums = {}
-    with contextlib.suppress(FileNotFoundError), open(
-            path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            match = re.match(r"(\\?)([0-9a-f]{64}) [ *](.+)\n\Z", line)
-            if not match:
-                raise ArchiveError("SHA256SUMS is damaged")
-            escaped, value, name = match.groups()
-            sums[native(name.replace("\\\\", "\\") if escaped else name)] = value
-    return sums
+def read_export(name, dir_fd, watch, activity, *consumers):
+    """What the consumers make of an export's pieces: fan_out() with progress and stops."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
+    with open(os.open(name, flags, dir_fd=dir_fd), "rb", buffering=0) as file:
+        there = os.fstat(file.fileno())
+        if not stat.S_ISREG(there.st_mode):
+            raise ArchiveError("%s is no regular file" % name)
+        activity.doing, activity.expected = "reading", there.st_size
+
+        def readinto(view):
+            watch.check()
+            count = file.readinto(view)
+            activity.note(count)
+            return count
+
+        return fan_out(ring(readinto), *consumers)
 
 
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+def look_into(fd):
+    """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
+    a backup's folder. 3.25 wrote no sums."""
+    inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
+    marks = [read_small(name, fd, 8, part=True) for name in MARKERS if name in inside]
+    exports, sums = [name for name in inside if EXPORT.match(name)], {}
+    if not marks:
+        raise ArchiveError("no marker in the folder: it is no backup")
+    if UNFINISHED in inside:
+        raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
+    if len(exports) != 1:
+        raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
+    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b"\n"
+    for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+        match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
+        if line and not match:
+            raise ArchiveError("SHA256SUMS is damaged")
+        if line:
+            path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
+            if path in sums or {"", ".", ".."}.intersection(path.split("/")):
+                raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
+            sums[path] = match.group(2)
+    return exports[0], sums, b"created=" in marks
 
 
-def recorded_size(folder):
+def read_metadata(fd, export, sums):
+    """{path: bytes} of what is beside the export, proved right and all there; without sums of the
+    vdi.cfg alone."""
+    texts, missing = {}, set(sums) - {export}
+    for path, name, folder in walk_files(fd):
+        if path in MARKERS + ("SHA256SUMS", "keep", export):
+            continue
+        if sums and path not in sums:
+            raise ArchiveError("%s is not listed in SHA256SUMS" % path)
+        if sums or path.endswith("/vdi.cfg"):
+            texts[path] = read_small(name, folder, METADATA_LIMIT)
+        if sums and hashlib.sha256(texts[path]).hexdigest() != sums[path]:
+            raise ArchiveError("%s does not match SHA256SUMS" % path)
+        missing.discard(path)
+    if missing:
+        raise ArchiveError("%s is missing" % min(missing))
+    disks, labels = {}, [path[5:-8] for path in texts if re.match(r"DISK-[^/]+/vdi\.cfg\Z", path)]
+    with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
+        disks = expected_disks(texts["vm-metadata.xml"])
+    wanted = [disk.label for disk in disks.values()
+              if disk.label != "suspend" and "[NOBAK]" not in disk.name]
+    there = [label for label in labels if "DISK-%s/vbd.cfg" % label in texts]
+    if len(there) < len(wanted):  # not by label: a VM that is started meanwhile gets others
+        raise ArchiveError("a folder DISK-* is missing: there is %s of %s" % (
+            ", ".join(there) or "none", ", ".join(wanted)))
+    return texts
+
+
+def walk_files(fd, above=""):
+    """(path, name, descriptor of its folder) of all below a folder but folders and STREWN."""
+    for name in sorted(os.listdir(fd)):
+        if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+            if not STREWN.match(above + name):
+                yield above + name, name, fd
+        elif not STREWN.match(above + name + "/"):
+            with opened(name, fd) as inner:
+                yield from walk_files(inner, above + name + "/")
+
+
+def recorded_size(texts):
     """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
     for label in ("xvda", "hda", "sda", "0"):
-        path = os.path.join(folder, "DISK-" + label, "vdi.cfg")
-        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-            told = re.search(r"^virtual_size=(\d+)$", file.read(), re.MULTILINE)
+        text = texts.get("DISK-%s/vdi.cfg" % label)
+        told = re.search(rb"^virtual_size=(\d+)$", text or b"", re.MULTILINE)
+        if text is not None:
             return int(told.group(1)) if told else None
     return None
 
 
-# ============================== reporting ==============================
+# --- extract ---
+
+
+def extract_command(words, log, watch):
+    """Writes the disks of an XVA as sparse raw images, proved on the way; returns 0, or raises."""
+    to, label = ".", None
+    for word in words[1:]:
+        key, _, value = word.partition("=")
+        if key.lower() not in ("to", "disk") or not value:
+            raise ConfigError("ERROR - invalid parameter %s: extract <backup-folder|file>"
+                              " [to=FOLDER] [disk=LABEL]" % word)
+        to, label = (native(value), label) if key.lower() == "to" else (to, value)
+    if not os.path.isdir(to):
+        raise ConfigError("ERROR - there is no such folder: to=%s" % to)
+    with watch.attend(log.progress):
+        return watch.do(extract, native(words[0]), to, label, log, watch)
+
+
+def extract(source, to, label, log, watch):
+    """The same in a worker. label: of the only disk to write; None: all."""
+    with contextlib.ExitStack() as stack:
+        export, fd, sums = source, None, {}
+        if os.path.isdir(source):
+            fd = stack.enter_context(opened(source))
+            export, sums, _ = look_into(fd)
+        elif not os.path.isfile(source) or not EXPORT.match(source):
+            raise ConfigError("ERROR - there is no such backup's folder or export (NAME.xva,"
+                              " NAME.xva.gz, NAME.xva.zst): %s" % source)
+        stem, kind = EXPORT.match(os.path.basename(export)).groups()
+        if kind in ("raw", "vhd"):
+            log("%s is a disk image already; in another form: qemu-img convert -f %s -O qcow2 FILE"
+                " %s.qcow2" % (export, {"vhd": "vpc"}.get(kind, kind), "NAME"))
+            return 0
+        images = stack.enter_context(Images(stack.enter_context(opened(to)), stem, label, log))
+        activity = stack.enter_context(watch.activity(stem))
+        proved, *digest = read_export(export, fd, watch, activity, prover(export, sink=images),
+                                      *[hash_all] * (export in sums))
+        if digest and digest[0] != sums[export]:
+            raise ArchiveError("%s does not match SHA256SUMS" % export)
+        images.keep()
+        told = "sha256" if digest else "NOT sha256 (no SHA256SUMS)"
+        log("VmBackup extract ended - Success - %s in %s, proved: %s" % (
+            plural(len(images.files), "image"), to, ", ".join([told] + proved)))
+    return 0
+
+
+class Images:
+    """The sink of prove_xva() that writes the images. A context manager: at its end those go that
+    keep() did not give their names."""
+
+    def __init__(self, dir_fd, stem, label, log):
+        self._dir_fd, self._stem, self._label, self._log = dir_fd, stem, label, log
+        self.files = collections.OrderedDict()  # id: (name, descriptor)
+
+    def __call__(self, ref, offset, view):
+        if ref == "ova.xml":
+            self._create(expected_disks(view))
+        elif ref in self.files:
+            begin, size = 0, len(view)  # of what is to be written next
+            for at in range(0, size + GRAIN, GRAIN):
+                if ZEROS.startswith(view[at : at + GRAIN]):  # its end, too
+                    while begin < min(at, size):
+                        begin += os.pwrite(self.files[ref][1], view[begin:at], offset + begin)
+                    begin = at + GRAIN
+
+    def _create(self, disks):
+        labels = [disk.label for disk in disks.values()]
+        if self._label not in labels + [None]:
+            raise BackupError("there is no disk %s in it, but: %s" % (
+                self._label, ", ".join(labels) or "none"))
+        for ref, disk in disks.items():
+            if self._label in (None, disk.label):
+                name = native("%s-%s.raw" % (self._stem, folder_name(disk.label)))
+                os.close(self._new(name))
+                os.unlink(name, dir_fd=self._dir_fd)  # it could be made: there is no such file
+                self.files[ref] = name, self._new(name + ".partial")
+                os.ftruncate(self.files[ref][1], disk.size)
+                self._log("disk %s is %s, %s (%s) -> %s" % (
+                    disk.label, ref, disk.name or "-", size_text(disk.size), name))
+
+    def _new(self, name):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self._dir_fd)
+
+    def keep(self):
+        """Gives the images their names."""
+        for name, fd in self.files.values():
+            os.close(os.dup(fd))  # where a file server took not all of it, this raises OSError
+            os.close(self._new(name))  # or rename() would replace what came meanwhile
+            os.rename(name + ".partial", name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        for name, fd in self.files.values():
+            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name + ".partial", dir_fd=self._dir_fd)
+
+
+# ============================== reports ==============================
+
+PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
+SILENT = 30  # seconds without a byte after which the host is shown as silent
+MAIL_TIMEOUT = 60  # seconds
+MAIL_PAUSE = 5  # seconds between the three tries
+AT_REST = ("snapshot", "clean-up")  # what an Activity does while no byte of the export moves
+RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
 
 
 class Log:
     """Lines `YYYY-MM-DD-(HH:MM:SS) - text` on standard output, whole and in UTF-8 whatever the
-    locale, from any thread; and on a terminal a progress line that rewrites itself."""
+    locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
+    what was logged."""
 
     def __init__(self, out, err, environment):
         self.lines = []
@@ -2880,13 +5223,19 @@ class Log:
     def __call__(self, text):
         stamp = datetime.datetime.now().strftime("%Y-%m-%d-(%H:%M:%S)")
         line = "%s - %s" % (stamp, printable(str(text)))
+        bad, odd = re.search("ERROR|  FAILED ", line), re.search("WARNING|  warning ", line)
         with self._lock:
             self.lines.append(line)
             self._show("")
-            colour = "31" if "ERROR" in line else "33" if "WARNING" in line else ""
-            if self._colour and colour:
-                line = "\x1b[%sm%s\x1b[0m" % (colour, line)
+            if self._colour and (bad or odd):
+                line = "\x1b[%sm%s\x1b[0m" % ("31" if bad else "33", line)
             write_text(self._out, line + "\n")
+
+    def bare(self, text):
+        """Writes a text to standard output as it is, and a line end."""
+        with self._lock:
+            self._show("")
+            write_text(self._out, text + "\n")
 
     def _show(self, text):
         if self._shown or text:
@@ -2895,6 +5244,7 @@ class Log:
 
     def close(self):
         """What can't be written any more is given up here, or Python would exit with 120 for it."""
+        self.progress([])
         for stream in (self._out, self._err):
             try:
                 stream.flush()
@@ -2902,50 +5252,88 @@ class Log:
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def progress(self, exports):
-        """Called once a second with the open Exports."""
-        told = [self._progress_of(export) for export in exports]
+    def progress(self, activities):
+        """Shows the Activities under way; called once a second."""
+        activities, now = list(activities), time.monotonic()
         if self._live:
             with self._lock, contextlib.suppress(OSError):
                 columns = os.get_terminal_size(self._err.fileno()).columns or 80
-                self._show(fit("  |  ".join(told), columns - 1))
-        elif self._plain and told and time.monotonic() - self._told > PROGRESS_EVERY:
-            self._told = time.monotonic()
-            for text in told:
-                self("progress %s" % text)
-
-    @staticmethod
-    def _progress_of(export):
-        rate = export.received / max(time.monotonic() - export.started, 0.001)
-        expected = max(export.size, export.received)
-        if export.progress > 0.02:
-            expected = export.received / min(export.progress, 1)
-        left = (expected - export.received) / rate if rate else 0
-        return "%s: %d of about %d MiB, %.0f MB/s, %d:%02d left" % (
-            printable(export.what), export.received // MIB, expected // MIB, rate / 1e6,
-            left // 60, left % 60)
+                self._show(progress_line(activities, max(columns - 1, 1), now))
+        elif self._plain and activities and now - self._told > PROGRESS_EVERY:
+            self._told = now
+            for activity in activities:
+                self("progress %s  %s" % (activity.label, progress_texts(activity, now)[0]))
 
 
-PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
+def progress_line(activities, columns, now):
+    """What is under way, in one line of so many columns: all in the longest form that fits, then
+    with shorter names, then as many as fit and how many more there are."""
+    labels = [printable(activity.label) for activity in activities]
+    texts = [progress_texts(activity, now) for activity in activities]
+    for form in range(4):
+        parts = ["%s  %s" % (label, text[form]) for label, text in zip(labels, texts)]
+        if len("  |  ".join(parts)) <= columns:
+            return "  |  ".join(parts)
+    if len(labels) > 1:
+        labels = [re.sub(r"^\[[^]]*\] ", "", label) for label in labels]
+    for count in range(len(labels), 0, -1):
+        lengths, more = [len(label) for label in labels[:count]], len(labels) - count
+        end = "  |  +%d" % more if more else ""
+        room = columns - len(end) - sum(len(text[3]) + 6 for text in texts[:count]) + 5
+        size = max(size for size in range(columns)
+                   if not size or sum(min(length, size) for length in lengths) <= room)
+        if size >= min(max(lengths), 6) or count == 1:
+            parts = ["%s %s" % (shortened(label, size), text[3])
+                     for label, text in zip(labels[:count], texts)]
+            return ("  |  ".join(parts) + end)[:columns]
+    return ""
+
+
+def shortened(name, size):
+    """A name in so many characters; names differ at their ends more often than in the middle."""
+    if len(name) <= size:
+        return name
+    tail = max(size - 1, 0) // 2
+    return name[: max(size - 1 - tail, 0)] + "\u2026" + name[len(name) - tail :]
+
+
+def progress_texts(activity, now):
+    """How far an Activity is, in four forms, each shorter than the one before."""
+    done, quiet, expected = activity.done, now - activity.touched, activity.expected or 0
+    if not done or activity.doing in AT_REST:
+        doing = activity.doing or "waiting for the host"
+        told = "%s, %s" % (doing, time_text(quiet))
+        return [told, told, told, doing]
+    if (activity.fraction or 0) > 0.02:
+        expected = done / min(activity.fraction, 1)
+    rate = done / max(now - activity.started, 0.001)
+    speed, left, short, figures = rate_text(rate), "", size_text(done), size_text(done)
+    if expected > done:
+        short = "%d %%" % (100 * done // expected)
+        figures += " of about %s (%s)" % (size_text(expected), short)
+        left = "  %s left" % time_text((expected - done) / rate)
+    if quiet > SILENT:
+        speed, left = "host silent for %s" % time_text(quiet), ""
+    return ["%s  %s%s" % (figures, speed, left), "%s  %s%s" % (short, speed, left),
+            short + (left or "  " + speed), short]
 
 
 def is_terminal(stream):
     return stream is not None and not stream.closed and stream.isatty()
 
 
-def fit(text, columns):
-    """As much of the beginning of a text as a terminal shows in so many columns."""
-    for end, char in enumerate(text):
-        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        if columns < 0:
-            return text[:end]
-    return text
+def path_bytes(text):
+    """UTF-8 of a text that may hold file names: what stands for their bytes in an ASCII locale
+    becomes those bytes again; a byte that is no UTF-8 becomes \\udcXX, as JSON escapes it."""
+    with contextlib.suppress(UnicodeEncodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_text(stream, text):
     """Writes UTF-8 at once; a reader that went away stops no backup."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        getattr(stream, "buffer", stream).write(text.encode("utf-8"))
+        getattr(stream, "buffer", stream).write(path_bytes(text))
         stream.flush()
 
 
@@ -2955,8 +5343,6 @@ def make_status(path, log, warnings):
     lock, server, failed = threading.Lock(), short_host_name(), []
 
     def status(program, *texts):
-        if path is None:
-            return
         stamp = datetime.datetime.now().strftime("%Y/%m/%d %H:%M:%S")
         line = printable(",".join((stamp, program, server) + texts)) + "\n"
         try:
@@ -2968,7 +5354,7 @@ def make_status(path, log, warnings):
                 warnings.append(failed[0])
                 log(failed[0])
 
-    return status
+    return status if path else lambda *texts: None
 
 
 def append_shared(path, data):
@@ -2982,16 +5368,16 @@ def append_shared(path, data):
         sync(file.fileno())
 
 
-def replace_file(path, data, shared=False):
-    """Replaces a file, or makes it, by a rename; after an OSError it is what it was before. Its
-    mode is 0600, or 0644 if it is shared."""
+def replace_file(path, data, mode):
+    """Replaces what bears this name (a link, not its target) by a new file, with a rename; after an
+    OSError it is what it was before."""
     import tempfile
 
     fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
     try:
         with open(fd, "wb") as file:
-            if shared:
-                os.fchmod(fd, 0o644)
+            if mode != 0o600:  # it is that from its first byte
+                os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             sync(fd)
@@ -3001,143 +5387,293 @@ def replace_file(path, data, shared=False):
         raise
 
 
-def report(run):
-    """The object of report_json; the README describes it."""
-    return {
-        "version": __version__, "server": short_host_name(), "host": run.host, "pool": run.pool,
-        "start": run.start.isoformat(), "end": datetime.datetime.now().isoformat(),
-        "seconds": round(time.monotonic() - run.begin, 3),
-        "status": status_word(run.exit_status), "exit_status": run.exit_status, "error": run.error,
-        "counts": dict(zip(("success", "warning", "error"), run.counts())),
-        "warnings": run.settings.warnings,
-        "vms": [{
-            "name": item.name, "uuid": item.uuid, "kind": item.kind, "status": item.result,
-            "folder": item.folder, "file": item.file, "bytes": item.bytes,
-            "seconds": round(item.seconds, 3),
-            "mb_per_second": round(item.bytes / 1e6 / max(item.seconds, 0.001), 1),
-            "checks": item.checks, "warnings": item.warnings, "error": item.error,
-            "pruned": item.pruned,
-        } for item in run.outcomes],
-    }
+def free_bytes(path):
+    """Bytes that are free in a file system; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+    return None
+
+
+def run_table(run, width=100):
+    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
+    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
+    items = [("pool database", run.pool_database)] if run.pool_database else []
+    items += [(item.name, item) for item in run.outcomes]
+    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
+    for name, item in items:
+        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
+        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
+                     time_text(item.seconds) if item.seconds else "",
+                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
+                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
+    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
+    notes = ["%s left" % size_text(free)] if free is not None else []
+    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
+    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
+    rows.append(("total", "", size_text(size), time_text(seconds),
+                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
+    lines = table(rows, width, right=(2, 3, 4))
+    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
+    for number, (_, item) in enumerate(items, 1):
+        if item.error:  # nothing is as important as the reason: it takes the other columns, too
+            reason, room = printable(item.error), max(width - start, 40)
+            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
+            lines[number] = lines[number][:start].ljust(start) + reason
+    return lines
 
 
 def write_json(run):
-    """Replaces report_json atomically."""
-    text = json.dumps(report(run), indent=2, ensure_ascii=False) + "\n"
-    # What stands for a path's bytes in an ASCII locale becomes those bytes again.
-    data = text.encode("utf-8", "surrogateescape")
-    replace_file(os.path.realpath(run.settings.report_json), data, shared=True)
+    """Replaces report_json atomically; the README describes its fields."""
+    def told(item):
+        moved = item.bytes / 1e6 / item.transfer_seconds if item.transfer_seconds else 0.0
+        return {
+            "name": item.name, "uuid": item.uuid, "kind": item.kind, "status": item.result,
+            "folder": item.folder, "file": item.file, "sha256": item.sha256, "bytes": item.bytes,
+            "seconds": round(item.seconds, 3), "transfer_seconds": round(item.transfer_seconds, 3),
+            "mb_per_second": round(moved, 1), "attempts": item.attempts, "checks": item.checks,
+            "warnings": item.warnings, "error": item.error, "pruned": item.pruned}
+
+    report = {
+        "version": __version__, "server": short_host_name(), "host": run.host, "pool": run.pool,
+        "start": run.start.astimezone().isoformat(),
+        "end": datetime.datetime.now().astimezone().isoformat(),
+        "seconds": round(time.monotonic() - run.begin, 3),
+        "status": status_word(run.exit_status), "exit_status": run.exit_status, "error": run.error,
+        "counts": dict(zip(("success", "warning", "error", "skipped"), run.counts())),
+        "bytes": sum(item.bytes for item in run.outcomes), "warnings": run.settings.warnings,
+        "not_in_backup": run.not_in_backup,
+        "pool_database": told(run.pool_database) if run.pool_database else None,
+        "vms": [told(item) for item in run.outcomes]}
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    replace_file(run.settings.report_json, path_bytes(text), 0o644)
 
 
-def send_mail(run, lines):
-    """Mails the report, in three tries. Raises OSError (smtplib's errors are) if it can't."""
-    import smtplib
-    from email.message import EmailMessage
+METRICS = (
+    ("vmbackup_last_success_timestamp_seconds", "When the newest backup of the VM was made."),
+    ("vmbackup_last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
+    ("vmbackup_last_size_bytes", "Size of the export in the newest backup of the VM."),
+    ("vmbackup_last_duration_seconds", "How long the VM's last successful backup took."),
+    ("vmbackup_backups", "How many backups of the VM there are."),
+    ("vmbackup_run_end_timestamp_seconds", "When the last run ended."),
+    ("vmbackup_run_exit_status", "Exit status of the last run."),
+    ("vmbackup_free_bytes", "Free space in backup_dir."),
+    ("vmbackup_info", "1; its label tells the version."))
+QUOTED = r'"(?:[^"\\\n]|\\.)*"'
+SERIES = re.compile(  # metric, label config, its other labels, value
+    r"^(vmbackup_\w+)\{(config=%s)((?:,\w+=%s)*)\} ([0-9.e+-]+)$" % (QUOTED, QUOTED), re.M)
 
-    settings, message, word = run.settings, EmailMessage(), status_word(run.exit_status)
-    server = socket.gethostname()  # as in upstream's subject, for those who filter by it
-    message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s"
-                                   % (word, server, run.pool, run.host))
+
+def label_of(key, value):
+    """One label of Prometheus' text format, quoted and escaped."""
+    value = path_bytes(value).decode("utf-8").replace("\\", "\\\\").replace('"', '\\"')
+    return '%s="%s"' % (key, value.replace("\n", "\\n"))
+
+
+def write_metrics(run):
+    """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
+    wrote, and the series of VMs that this run could not know or that only= left out."""
+    settings, there, series, old = run.settings, {}, {}, b""
+    name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
+    mine = label_of("config", name)
+    pool = {"," + label_of("vm", name) for name in run.pool_vms or ()}
+    asked = {"," + label_of("vm", item.name): item for item in run.outcomes}
+    with contextlib.suppress(FileNotFoundError):
+        old = read_small(settings.metrics_file, limit=64 * MIB)
+    for metric, config, labels, value in SERIES.findall(old.decode("utf-8", "replace")):
+        if config == mine:
+            there.setdefault(labels, {})[metric] = value
+        else:
+            series[metric, config + labels] = value
+    for vm, values in there.items():
+        if vm.startswith(",vm=") and (run.pool_vms is None or vm in pool and settings.only):
+            series.update({(metric, mine + vm): value for metric, value in values.items()})
+    for vm, item in asked.items():
+        if vm in pool:
+            values = dict(there.get(vm, {}), **vm_metrics(settings, item))
+            series.update({(metric, mine + vm): value for metric, value in values.items()})
+    series["vmbackup_run_end_timestamp_seconds", mine] = int(time.time())
+    series["vmbackup_run_exit_status", mine] = run.exit_status
+    series["vmbackup_free_bytes", mine] = free_bytes(settings.backup_dir)
+    series["vmbackup_info", "%s,%s" % (mine, label_of("version", __version__))] = 1
+    lines = []
+    for metric, text in METRICS:
+        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s gauge" % metric]
+        lines += ["%s{%s} %s" % (metric, labels, value) for (of, labels), value
+                  in sorted(series.items(), key=lambda pair: pair[0])
+                  if of == metric and value is not None]
+    replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
+
+
+def vm_metrics(settings, item):
+    """{metric: value, or None for what is no more} of a VM that this run was asked for: its last
+    success is the newest backup on disk, so one that failed keeps its old one."""
+    told = {}
+    if item.result != "SKIPPED":
+        told["vmbackup_last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
+    if item.result in ("SUCCESS", "WARNING"):
+        told["vmbackup_last_duration_seconds"] = round(item.seconds, 3)
+    found = []
+    try:
+        with opened(settings.backup_dir) as top, opened(native(folder_name(item.name)), top) as vm:
+            found = backups(scan(vm, [settings.backup_dir_pattern, DEFAULT_PATTERN]))
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return told  # what the file knew of the disk stays
+    told["vmbackup_backups"] = len(found)
+    told["vmbackup_last_success_timestamp_seconds"] = int(found[-1].created) if found else None
+    told["vmbackup_last_size_bytes"] = found[-1].size if found else None
+    return told
+
+
+def send_mail(run):
+    """Mails the table, the reasons and the log, in three tries. Raises OSError (smtplib's errors
+    are) or what the email package says of odd addresses."""
+    import email.message
+    import email.policy
+    import email.utils
+
+    settings, word, server = run.settings, status_word(run.exit_status), socket.gethostname()
+    tally = "S:%d W:%d E:%d" % run.counts()[:3]
+    # CRLF in the parts, too; and no byte over 127, which not every mail server takes.
+    message = email.message.EmailMessage(email.policy.SMTP.clone(cte_type="7bit"))
+    message["Subject"] = printable("%s %s VmBackup.py, pool %s at %s - %s" % (
+        word, server, run.pool, run.host, tally))  # as upstream's, for those who filter by it
     message["From"], message["To"] = settings.mail_from, ", ".join(settings.mail_to)
-    body = ["VmBackup on %s, pool %s, host %s" % (short_host_name(), run.pool, run.host)]
-    body.append("%s - S:%d W:%d E:%d" % ((word,) + run.counts()))
-    body += [run.error] if run.error else []
-    failed = [item for item in run.outcomes if item.error]
-    body += ["%s %s: %s" % (item.kind, item.name, item.error) for item in failed]
-    message.set_content("\n".join([printable(line) for line in body] + [""] + lines) + "\n")
-    context = ssl.create_default_context()
-    if is_loopback(settings.smtp_server):
+    message["Date"] = email.utils.localtime()
+    message["Message-ID"] = email.utils.make_msgid(domain=server)
+    message["Auto-Submitted"] = "auto-generated"
+    lines = ["%s - %s" % (word, tally),
+             "VmBackup on %s, pool %s, host %s" % (short_host_name(), run.pool, run.host),
+             "%s, %s, exit status %d" % (run.start.strftime("%Y-%m-%d %H:%M:%S"), time_text(
+                 time.monotonic() - run.begin), run.exit_status), ""]
+    lines += run.error.split("\n") + [""] if run.error else []
+    lines += run_table(run) if run.outcomes or run.pool_database else []
+    items = ([run.pool_database] if run.pool_database else []) + run.outcomes
+    for head, texts in (
+            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
+                        for item in items if item.error]),
+            ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
+                          for text in item.warnings] + settings.warnings),
+            ("In no backup", [", ".join(run.not_in_backup or [])])):
+        lines += ["", head + ":"] + texts if any(texts) else []
+    message.set_content("\n".join(map(printable, lines)) + "\n")
+    message.add_attachment("\n".join(run.log.lines) + "\n", filename="vmbackup.log")
+    # Python 3.6 tears headers that it has to fold, and folds them with bare line feeds.
+    policy = email.policy.default.clone(max_line_length=998)
+    data = message.as_bytes(policy=policy).replace(b"\n", b"\r\n")
+    for left in (2, 1, 0):
+        try:
+            deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
+            break
+        except OSError as error:
+            if not left or run.watch.signum:
+                hint = (" (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
+                        if isinstance(error, ssl.SSLError) else "")
+                raise OSError("%s port %d: %s%s" % (settings.smtp_server, settings.smtp_port,
+                                                    describe(error), hint)) from None
+            run.watch.sleep(MAIL_PAUSE)
+    run.log("mail sent to %s" % ", ".join(settings.mail_to))
+
+
+def deliver(settings, data, timeout):
+    """Hands a message to the mail server. Raises OSError, or BackupError if only some of those who
+    were to get it are refused: it must not be sent again. timeout: seconds for each answer."""
+    import smtplib
+
+    context = ssl.create_default_context(cafile=settings.smtp_ca)
+    if is_loopback(settings.smtp_server) and not settings.smtp_ca:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     connect: Any = smtplib.SMTP
     if settings.smtp_port == 465:
         connect = functools.partial(smtplib.SMTP_SSL, context=context)
-    for left in (2, 1, 0):
-        try:
-            with connect(settings.smtp_server, settings.smtp_port, timeout=60) as smtp:
-                if settings.smtp_starttls:
-                    smtp.starttls(context=context)
-                if settings.smtp_user:
-                    password = read_password_file(settings.smtp_password_file, plain=True)
-                    smtp.login(settings.smtp_user, password)
-                # Python 3.6's send_message tears names that are not ASCII.
-                smtp.sendmail(settings.mail_from, settings.mail_to, message.as_string())
-            return
-        except OSError:
-            if not left or run.stop.signum:
-                raise
-            run.stop.sleep(5)
-
-
-def read_file(path):
-    """The bytes of a config or password file: not many more than a config file may have."""
+    problem: Any = OSError
     try:
-        with open(path, "rb") as file:
-            return file.read(MIB + 1)
-    except OSError as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-
-
-def read_password_file(path, plain=False):
-    """The password in a file made by create-password-file; plain: or else the file's text."""
-    data = read_file(path).strip()
-    try:
-        return base64.b64decode(data or b"-", validate=True).decode("utf-8")  # empty is none either
-    except ValueError:
-        if plain:
-            return data.decode("utf-8", "replace")
-        raise ConfigError("ERROR - %s is a file, but no password file: see create-password-file"
-                          % path) from None
+        with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
+                                        timeout=timeout)) as smtp:
+            if settings.smtp_starttls:
+                smtp.starttls(context=context)
+            if settings.smtp_user:
+                smtp.login(settings.smtp_user,
+                           read_password_file(settings.smtp_password_file, plain=True))
+            answers = smtp.sendmail(settings.mail_from, settings.mail_to, data)
+            problem = BackupError
+            with contextlib.suppress(OSError):
+                smtp.quit()
+    except smtplib.SMTPRecipientsRefused as error:
+        answers = error.recipients
+    except smtplib.SMTPResponseException as error:
+        answers = {"it said": (error.smtp_code, error.smtp_error)}
+    if answers:
+        raise problem("; ".join("%s: %d %s" % (who, code, bytes(text).decode("utf-8", "replace"))
+                                for who, (code, text) in answers.items()))
 
 
 def send_reports(run):
-    """Writes and mails what the settings ask for. A failure here is a warning, no more."""
-    settings, log = run.settings, run.log
+    """Mails and writes what the settings ask for, the mail first: one that cannot be sent is a
+    warning of the run, in its other reports too."""
+    settings = run.settings
     mailing = settings.mail_to and settings.mail_from and settings.smtp_server
-    when = {"always": True, "problems": run.exit_status != 0, "never": False}
-    try:
-        if settings.report_json:
-            write_json(run)
-    except OSError as error:
-        log("***WARNING - report_json cannot be written: %s" % describe(error))
-    try:
-        if mailing and when[settings.mail_when]:
-            send_mail(run, list(log.lines))
-            log("mail sent to %s" % ", ".join(settings.mail_to))
-    except Exception as error:  # the email package raises nearly anything at odd addresses
-        log("***WARNING - the mail could not be sent: %s" % describe(error))
+    when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
+    for wanted, make, failure in (
+            (mailing and when, send_mail, "the mail could not be sent"),
+            (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
+            (settings.report_json, write_json, "report_json cannot be written")):
+        try:
+            if wanted:
+                make(run)
+        except Exception as error:  # the email package raises nearly anything at odd addresses
+            text = "***WARNING - %s: %s" % (failure, describe(error))
+            settings.warnings.append(text)
+            run.log(text)
+            run.exit_status = run.exit_status or 1
 
 
 # ============================== the command line ==============================
 
+INVENTORY = "/etc/xensource-inventory"  # a dom0 has it
 USAGE = """\
-Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [name=value ...]
+Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR] [name=value ...]
        vmbackup.py <password> create-password-file=FILE
-       vmbackup.py verify <config-file|folder> [vm-name]
-       vmbackup.py help | config | example | version
+       vmbackup.py verify <config-file|folder|file> [vm-name]
+       vmbackup.py list <config-file|folder> [vm-name] [json]
+       vmbackup.py check <config-file|folder> [vm-name] [warn=26h] [crit=50h]
+       vmbackup.py extract <backup-folder|file> [to=FOLDER] [disk=LABEL]
+       vmbackup.py restore <password> <config-file|backup-folder|export-file> [vm-name] [...]
+       vmbackup.py help [command] | config | example | version
 """
+# Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
+HELP = """\
+<password>          the password itself; or a file made by create-password-file; or - (one line of \
+standard input, asked for on a terminal); or local (XAPI's socket in this dom0: no password at all)
+<config-file>       the usual choice for cron; see: vmbackup.py config
+<vm-selector>       a VM's name or a regular expression; :N behind it keeps N backups instead of \
+max_backups; vdi-export=SELECTOR takes only the first disk
+preview             connects, checks and shows what would be done; changes nothing
+only=SELECTOR       of the chosen VMs only those that it matches: repeats one with its config file
+create-password-file=FILE  writes the password, encoded, into a file for its owner's eyes only
+verify              proves every backup on disk again: checksums, archive, metadata; no password, \
+no network, changes nothing
+list                which backups there are, how old and large, what is odd about them; of one VM \
+each with the rule that keeps it; json for programs
+check               a line for Nagios, Icinga and their like, then one for each VM without a \
+backup younger than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, \
+3 UNKNOWN
+extract             writes the disks of an XVA as sparse images NAME-xvda.raw into the folder to= \
+(default: the current one), or just disk=; replaces no file
+restore             makes a new, halted VM (vdi-export: a disk) of a backup, proved while it is \
+sent; changes nothing that is on the pool. With a config file: of the VM's newest backup, or \
+backup=FOLDER. sr=SR: name or uuid, instead of the pool's default. as=NAME: instead of the \
+original's. preserve=True: with its MAC addresses. host, username, tls_* and rate_limit as below
+Exit status         0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was \
+started, 4 another run holds the lock, 128+n stopped by signal n
 
-HELP = USAGE + """
-<password>     the password itself, or a file made by create-password-file, or
-               - (one line of standard input, asked for on a terminal), or
-               local (the XAPI socket of this dom0: no password at all)
-<config-file>  the usual choice for cron; see: vmbackup.py config
-<vm-selector>  one VM name or regular expression, vm-exported by default
-    vm-export=SELECTOR   explicit vm-export
-    vdi-export=SELECTOR  only the first disk
-    SELECTOR:N           keep N backups instead of max_backups
-preview        connects, checks and shows what a run would do; changes nothing
-verify         proves every backup on disk again; no password, no network, changes nothing
-
-name=value: these settings, in the config file or, overriding it, on the command line:
-
-%s
-
-Exit status: 0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was started,
-4 another run holds the lock, 128+n stopped by signal n.
+name=value          one of these settings, in the config file or, overriding it, as an argument:
 """
-
 CONFIG = """\
-# Example config file for vmbackup.py: name=value lines, '#' comments.
+# Example config file for vmbackup.py: name=value lines, '#' comments on lines of their own.
 # A setting that is not given has the default shown here.
 
 #### settings ####
@@ -3145,8 +5681,9 @@ CONFIG = """\
 %s
 #### which VMs ####
 # Only letters, digits, space, '-' and '_': the name of one VM. Anything else is a regular
-# expression, matched from the start of the name. ':N' at the end overrides max_backups.
-# Simple names win over regular expressions, later lines over earlier ones, exclude over all.
+# expression, matched from the start of the name; the VM of just that name is meant, too.
+# ':N' at the end overrides max_backups. Simple names win over regular expressions, later lines
+# over earlier ones, exclude over all.
 
 # exclude selected VMs
 #exclude=PROD-WinDomainController
@@ -3161,152 +5698,246 @@ CONFIG = """\
 #vm-export=PROD.*
 #vm-export=DEV.*:2
 """
-
 EXAMPLE = """\
-# look first: what would be backed up, and where
-  vmbackup.py - weekend.cfg preview
-
-# make a password file once, then use it with a config file
+# make a password file once; look first; the run; in dom0 it needs no password
   vmbackup.py - create-password-file=/root/vmbackup.pass
+  vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
-
-# in dom0, without any password
   vmbackup.py local weekend.cfg
-
-# one VM (names are case sensitive), a name with spaces, only its first disk
-  vmbackup.py - DEV-mySql
+# one VM again, as the config file says; one VM (names are case sensitive); only its first disk
+  vmbackup.py local weekend.cfg only=DEV-mySql
   vmbackup.py - "DEV mySql"
   vmbackup.py - vdi-export=DEV-mySql
-
-# all VMs whose names begin with DEV-my, all VMs of the pool keeping 2 backups of each
-  vmbackup.py - 'DEV-my.*'
-  vmbackup.py - '.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-
-# prove all backups again
+# all VMs of a pool whose names begin with DEV-my, keeping 2 backups of each
+  vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
+# which backups there are, whether any is late, whether they are still whole
+  vmbackup.py list weekend.cfg
+  vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
+# a VM back, beside the one that is there; its disks as images
+  vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
+  vmbackup.py extract '/mnt/backup/DEV-mySql/backup-2026-11-23-(02:00:00)' to=/mnt/images
 """
 
 
 def config_text():
     """What `config` prints and example.cfg holds."""
+    about = [fold("# " + item.about, 96, "# ") + ["#%s=%s\n" % item[:2]] for item in SETTINGS]
+    return CONFIG % "\n".join(itertools.chain(*about))
+
+
+def help_text(topic=""):
+    """All of the help, or its part about one word, as wide as the terminal (40 to 100 columns)."""
+    lines = HELP.splitlines() + ["%-19s %s (default: %s)" % (
+        item.name, item.about, item.default or "none") for item in SETTINGS]
+    if topic:
+        part = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
+        if topic not in part:
+            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(part))))
+        lines = usage_of(topic) + [part[topic]]
+    else:
+        lines = USAGE.splitlines() + [""] + lines
+    width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
+    indents = [re.match(r"\S+ ?\S*  +|Usage: | *", line).end() or 7 for line in lines]
+    folded = [fold(line, width, " " * min(indent, width // 2))
+              for line, indent in zip(lines, indents)]
+    return "\n".join(itertools.chain(*folded)) + "\n"
+
+
+def usage_of(name):
+    """The lines of the usage that show a command."""
+    return [line for line in USAGE.splitlines() if re.search(" %s[ =]" % name, line)]
+
+
+def fold(line, width, indent):
+    """The lines of a text in so many columns, all but the first behind `indent`."""
     import textwrap
 
-    parts = []
-    for item in SETTINGS:
-        about = textwrap.fill(item.about, 96, initial_indent="# ", subsequent_indent="# ")
-        parts.append("%s\n#%s=%s\n" % (about, item.name, item.default))
-    return CONFIG % "\n".join(parts)
-
-
-def help_text():
-    import textwrap
-
-    lines = []
-    for item in SETTINGS:
-        about = "%s (default: %s)" % (item.about, item.default or "none")
-        first = "%-20s" % item.name
-        lines += textwrap.wrap(about, 99, initial_indent=first, subsequent_indent=" " * 20)
-    return HELP % "\n".join(lines)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
 
 TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
          "version": lambda: "vmbackup.py %s\n" % __version__}
+COMMANDS = ("verify", "list", "check", "extract", "restore")
+DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
-def command(words, log):
+def command(words, log, watch):
     """Carries out a command line, and logs what goes wrong; returns the exit status."""
     try:
-        return dispatch(words, log)
-    except (Exception, KeyboardInterrupt) as problem:
-        stopped = isinstance(problem, KeyboardInterrupt)
-        error: Any = Interrupted(signal.SIGINT) if stopped else problem
-        log_error(reason_of(error), log)
+        return dispatch(words, log, watch)
+    except (Exception, Interrupted) as error:
+        log_error(error, log)
         return getattr(error, "exit_code", 2)
 
 
-def dispatch(words, log):
+def log_error(error, log):
+    for line in reason_of(error).split("\n"):
+        log(line if "ERROR" in line else "ERROR - " + line)
+    debug(error, log)
+
+
+def dispatch(words, log, watch):
     """Tells the kinds of command lines apart; returns the exit status. Raises BackupError."""
     first = words[0].lower() if words else ""
-    if len(words) == 1 and first.lstrip("-") in TEXTS:
-        write_text(sys.stdout, TEXTS[first.lstrip("-")]())
+    text = {"-h": "help", "-v": "version"}.get(first, first.lstrip("-"))
+    if text == "help" or (text in TEXTS and len(words) == 1):
+        write_text(sys.stdout, TEXTS[text](*[word.lower() for word in words[1:2]]))
         return 0
-    if first == "verify":
-        return verify_command(words[1:], log)
+    if first in COMMANDS:
+        return other_command(first, words[1:], log, watch)
     if len(words) < 2:
-        write_text(sys.stderr, USAGE)
-        return 3
-    key, separator, value = words[1].partition("=")
-    if key.lower() == "create-password-file" and separator:
+        near = similar(first, COMMANDS + tuple(TEXTS))
+        missing = "<config-file|vm-selector>"
+        if not words or DRY_RUN.match(first) or first.startswith("create-password-file") or (
+                is_config(native(words[0]))):
+            missing = "<password> (itself, a password file, - or local) in front of " + missing
+        return too_few(USAGE, missing + (", or did you mean %s?" % near if near else ""))
+    check_order(*words[:2])
+    key, _, value = words[1].partition("=")
+    if key.lower() == "create-password-file":
         if len(words) > 2:
             raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
                               % words[2])
-        return create_password_file(native(value), read_password(words[0], literal=True), log)
-    settings, preview = parse_command(words[1], words[2:])
-    if os.path.isfile(native(words[0])):
-        settings.password_file = native(words[0])
-    status = make_status(settings.status_log if settings.config_file else None, log,
-                         settings.warnings)
-    run = Run(settings, log, status, log.progress)
+        password = watch.pure(read_password, words[0], True)
+        return create_password_file(native(value), password, log)
+    return backup_command(words, log, watch)
+
+
+def too_few(usage, missing):
+    write_text(sys.stderr, "%sMissing: %s\n" % (usage, missing))
+    return 3
+
+
+def other_command(name, words, log, watch):
+    """verify, list, check, extract or restore; returns the exit status."""
+    carry_out = {"verify": verify_command, "list": list_command, "check": check_command,
+                 "extract": extract_command, "restore": restore_command}[name]
+    if words and words[0].lower() in ("-h", "--help"):
+        write_text(sys.stdout, help_text(name))
+        return 0
+    usage = usage_of(name)[0][7:]
+    missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
+    if name == "check":  # monitors read its one line on standard output, whatever happens
+        try:
+            if missing:
+                raise ConfigError("missing: " + missing)
+            return carry_out(words, log, watch)
+        except (Exception, Interrupted) as error:
+            text = re.sub(r"\A\W*ERROR\W*", "", reason_of(error).split("\n")[0])
+            log.bare("VMBACKUP UNKNOWN - %s" % printable(text).replace("|", "/"))
+            return 3
+    if missing:
+        return too_few("Usage: %s\n" % usage, missing)
+    if name == "restore":
+        check_order(*words[:2])
+        check_packages()
+    return carry_out(words, log, watch)
+
+
+def is_config(path):
+    """True if a line of the file begins with the name of a setting."""
+    with contextlib.suppress(ConfigError):
+        return os.path.isfile(path) and bool(load_config(path))
+    return False
+
+
+def check_order(first, second):
+    """Refuses swapped arguments, and shows none of them: one is the password."""
+    key = first.lower().partition("=")[0]
+    selector = "=" in first and key in RULE_KEYS + ("create-password-file",)
+    if selector or DRY_RUN.match(first) or (
+            is_config(native(first)) and not is_config(native(second))):
+        raise ConfigError("ERROR - the first argument has to be the password (a password file, - or"
+                          " local), a config file or selector and preview stand behind it")
+
+
+def create_password_file(path, password, log):
+    """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
+    if not path:
+        raise ConfigError("ERROR - create-password-file= needs the name of a file")
+    if os.path.lexists(path):
+        read_password_file(path)
     try:
-        log("VmBackup config loaded from: %s" % words[1] if settings.config_file else
-            "VmBackup vm selector: %s (there is no config file of that name)" % words[1])
-        check_report(settings)
-        local = words[0] == "local"
-        hosts = make_hosts(settings, local)
+        replace_file(path, base64.b64encode(password.encode("utf-8")), 0o600)
+    except OSError as error:
+        raise ConfigError("ERROR - cannot write the password file: %s" % describe(error)) from None
+    log("password file saved to: %s" % path)
+    return 0
+
+
+def backup_command(words, log, watch):
+    """A run or preview; returns the exit status."""
+    settings, preview = watch.do(parse_command, words[1], words[2:])
+    if settings.config_file:
+        log("VmBackup config loaded from: %s" % words[1])
+    mistakes = watch.do(check_outputs, settings, log)
+    path = settings.status_log if settings.config_file and not preview else None
+    run = Run(settings, log, make_status(path, log, settings.warnings), watch)
+    watch.rate = settings.rate_limit * 10**6
+    try:
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
         run.host = ", ".join(map(str, hosts))
         check_packages()
-        check_paths(settings)
-        credentials = ("root", "") if local else (settings.username, read_password(words[0]))
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # by nohup
-                signal.signal(signum, run.stop.handler)
-        run.exit_status = run.execute(hosts, credentials, preview)
-    except Exception as error:
+        watch.do(check_paths, settings)
+        run.exit_status = run.execute(hosts, watch.pure(credentials, settings, words[0]), preview)
+    except (Exception, Interrupted) as error:
         code = getattr(error, "exit_code", 2)
         run.exit_status = 3 if code == 2 and not run.begun else code
         run.error = reason_of(error)
-        log_error(run.error, log)
-    finally:
-        if not preview:
-            send_reports(run)
+        log_error(error, log)
+        if not run.begun:
+            watch.do(run.status, "vmbackup.py", "begin")
+        watch.do(run.status, "vmbackup.py", "end", "ERROR", run.error.replace("\n", "; "))
+    if not preview:
+        watch.do(send_reports, run)
     return run.exit_status
-
-
-def log_error(text, log):
-    for line in text.split("\n"):
-        log(line if "ERROR" in line else "ERROR - " + line)
 
 
 def parse_command(selector, words):
     """(Settings, preview) of the arguments after the password. Raises ConfigError."""
-    config, path, pairs, preview = [], native(selector), [], False
-    is_config = os.path.isfile(path)
-    if is_config:
-        config = read_config(read_file(path), path)
-    else:
-        key, separator, value = selector.partition("=")
-        if not re.sub(r":[0-9]+\Z", "", selector).strip():
-            raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
-        if separator and (key.lower() in KNOWN or key.lower() == "exclude"):
-            raise ConfigError("ERROR - invalid parameter %s: the second argument is a config file"
-                              " or a VM selector" % selector)
-        explicit = separator and key.lower() in ("vm-export", "vdi-export")
-        pair = (key.lower(), value) if explicit else ("vm-export", selector)
-        pairs.append(pair + ("command line",))
+    path, preview = native(selector), False
+    is_file = os.path.isfile(path)
+    config, pairs = (load_config(path), []) if is_file else ([], [parse_selector(selector)])
     for word in words:
         key, separator, value = word.partition("=")
+        key = key.lower()
         if word.lower() == "preview":
             preview = True
-        elif not separator or key.lower() in RULE_KEYS:
-            allowed = "preview, or name=value with one of %s" % ", ".join(KNOWN)
-            raise ConfigError("ERROR - invalid parameter %s: allowed are %s" % (word, allowed))
+        elif DRY_RUN.match(word) or key == "preview":
+            raise ConfigError("ERROR - invalid parameter %s: did you mean preview?" % word)
+        elif separator and word.lower() != "only=" and key not in RULE_KEYS + ("",):
+            pairs.append((key, value, "command line"))
         else:
-            pairs.append((key.lower(), value, "command line"))
+            names = COMMANDS if similar(word, COMMANDS) else ["preview", "only=SELECTOR"] + [
+                name + "=" for name in KNOWN]
+            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
     settings = make_settings(config, pairs)
-    settings.config_file = path if is_config else None
-    if not settings.rules and not settings.pool_db_backup:
+    settings.config_file = path if is_file else None
+    if not settings.pool_db_backup and all(rule.key == "exclude" for rule in settings.rules):
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
     return settings, preview
+
+
+def parse_selector(text):
+    """The pair of make_settings for a vm-selector. Raises ConfigError for what may be none."""
+    key, separator, value = text.partition("=")
+    key, bare = key.lower(), re.sub(r":[0-9]+\Z", "", text).strip()
+    if separator and key in ("vm-export", "vdi-export"):
+        return key, value, "command line"
+    if not bare:
+        raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
+    near = similar(key, ("vm-export", "vdi-export", "create-password-file")) if separator else ""
+    if DRY_RUN.match(text) or near or separator and key in tuple(KNOWN) + ("exclude", "only"):
+        raise ConfigError(
+            "ERROR - invalid parameter %s: the second argument is a config file or a VM selector%s"
+            % (text, ", did you mean %s=?" % near if near else "; preview stands behind it"))
+    if "/" in text or bare.lower().endswith((".cfg", ".conf", ".ini")):
+        raise ConfigError("ERROR - no such config file: %s (for a VM of that name: vm-export=%s)"
+                          % (text, text))
+    return "vm-export", text, "command line"
 
 
 def check_packages():
@@ -3317,133 +5948,80 @@ def check_packages():
                               " vmbackup.pyz, which carries it" % (module, module))
 
 
+def check_outputs(settings, log):
+    """Mistakes in the names of the files that a run writes. Such a file is taken out of the
+    settings, or the report of just this mistake would go there."""
+    folder = os.path.dirname(KNOWN["status_log"].default)
+    if settings.status_log == KNOWN["status_log"].default and not os.path.isdir(folder):
+        settings.status_log = None
+        if settings.config_file:
+            log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
+                " another file, or none)" % folder)
+    mistakes, taken = [], {os.path.realpath(settings.config_file or "/")}
+    for key, begin in (("status_log", rb""), ("report_json", rb"\s*(\{|\Z)"),
+                       ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
+        path = getattr(settings, key)
+        if path and (key != "status_log" or settings.config_file):
+            problem = _problem(path, begin, taken)
+            if problem:
+                mistakes.append("ERROR - %s=%s: %s" % (key, path, problem))
+                setattr(settings, key, None)
+            taken.add(os.path.realpath(path))
+    return mistakes
+
+
+def _problem(path, begin, taken):
+    """Why a run must not write there, or None. begin: how a file that is there has to begin."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        return "give a file in a folder that exists"
+    if os.path.realpath(path) in taken:
+        return "this file serves for something else"
+    if not os.path.exists(path) or (not begin and stat.S_ISCHR(os.stat(path).st_mode)):
+        return None  # the status log may be /dev/null
+    try:
+        if not re.match(begin, read_small(path, limit=99, part=True)):
+            return "what is in this file would be replaced, and it is none of this program's"
+    except (OSError, BackupError):
+        return "it is no regular file that can be read"
+    return None
+
+
 def check_paths(settings):
-    """Raises ConfigError for a folder or file of the settings that cannot be used."""
+    """Raises ConfigError for what the settings name and a run could not use."""
     path = settings.backup_dir
     if not os.path.isdir(path):
-        raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)" % path)
+        raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)%s"
+                          % (path, meant(path) if " #" in path else ""))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
-    for key in ("report_json", "status_log") if settings.config_file else ("report_json",):
-        file = getattr(settings, key)
-        if file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")):
-            raise ConfigError("ERROR - %s=%s: give a file in a folder that exists" % (key, file))
-    if settings.config_file:
-        check_target(settings, "status_log", settings.status_log, "be written into")
-    for key in ("tls_ca", "smtp_password_file"):
+    if os.stat(path).st_dev == os.stat("/").st_dev:
+        text = "backup_dir lies on the file system of / (is the share mounted?): %s" % path
+        if settings.require_mount:
+            raise ConfigError("ERROR - " + text)
+        if os.path.exists(INVENTORY):
+            settings.warnings.append("***WARNING - %s; backups there may fill this dom0" % text)
+    for key in ("tls_ca", "smtp_ca", "smtp_password_file"):
         file = getattr(settings, key)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
             raise ConfigError("ERROR - %s=%s: there is no such file to read" % (key, file))
-    if settings.tls_ca:
         try:
-            ssl.create_default_context(cafile=settings.tls_ca)
+            if file and key.endswith("_ca"):
+                ssl.create_default_context(cafile=file)
         except (OSError, ValueError):
-            raise ConfigError("ERROR - tls_ca=%s holds no certificate" % settings.tls_ca) from None
-
-
-def check_report(settings):
-    """Raises ConfigError if report_json would replace something else than a report; it is taken
-    out of the settings then, or the report of just this error would."""
-    path, settings.report_json = settings.report_json, None
-    check_target(settings, "report_json", path, "replace")
-    settings.report_json = path
-
-
-def check_target(settings, key, path, doing):
-    """Raises ConfigError if the file that `key` names serves for something else, or is none."""
-    if not path:
-        return
-    for other in ("config_file", "password_file", "status_log", "tls_ca", "smtp_password_file"):
-        file = getattr(settings, other)
-        used = file and other != key and (other != "status_log" or settings.config_file)
-        if used and os.path.realpath(path) == os.path.realpath(file):
-            raise ConfigError("ERROR - %s=%s would %s the %s" % (key, path, doing, other))
-    if not os.path.exists(path) or os.path.isfile(path):
-        return
-    if key != "status_log" or not stat.S_ISCHR(os.stat(path).st_mode):  # that may be /dev/null
-        raise ConfigError("ERROR - %s=%s is no regular file" % (key, path))
-
-
-def make_hosts(settings, local):
-    """The Endpoints of host=. Raises ConfigError where it does not go with the password."""
-    addresses = settings.host
-    if local and addresses == KNOWN["host"].parse("localhost"):
-        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
-    if any(local != (address.scheme == "unix") for address in addresses):
-        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
-    pins, ca = settings.tls_fingerprint, settings.tls_ca
-    return [Endpoint(address, pins, ca, settings.tls_verify) for address in addresses]
-
-
-@contextlib.contextmanager
-def no_echo(stream):
-    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
-    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
-    if not is_terminal(stream):
-        yield
-        return
-    fd = stream.fileno()
-    before = termios.tcgetattr(fd)
-    hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
-    termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
-    try:
-        write_text(sys.stderr, "Password: ")
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
-        write_text(sys.stderr, "\n")
-
-
-def read_password(word, literal=False):
-    """The password that the first argument stands for. literal: a file of that name is not read."""
-    if word == "-":
-        with no_echo(sys.stdin):
-            line = sys.stdin.buffer.readline() if sys.stdin else b""
-        if not line:
-            raise ConfigError("ERROR - no password was given on standard input")
-        word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-    elif os.path.isfile(native(word)) and not literal:
-        word = read_password_file(native(word))
-    try:
-        word.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError("ERROR - the password is not UTF-8 text") from None
-    return word
-
-
-def create_password_file(path, password, log):
-    """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
-    if not path:
-        raise ConfigError("ERROR - create-password-file= needs the name of a file")
-    if os.path.lexists(path):
-        read_password_file(path)
-    try:
-        replace_file(path, base64.b64encode(password.encode("utf-8")))
-    except OSError as error:
-        raise ConfigError("ERROR - cannot write the password file: %s" % describe(error)) from None
-    log("password file saved to: %s" % path)
-    return 0
-
-
-def verify_command(words, log):
-    if not 1 <= len(words) <= 2:
-        raise ConfigError("ERROR - usage: vmbackup.py verify <config-file|folder> [vm-name]")
-    top = native(words[0])
-    if os.path.isfile(top):
-        config = read_config(read_file(top), top)
-        given = [value for key, value, _ in config if key == "backup_dir" and value]
-        top = native(given[-1]) if given else KNOWN["backup_dir"].default
-    if not os.path.isdir(top):
-        raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
-    return verify(os.path.abspath(top), words[1] if len(words) > 1 else None, log)
+            raise ConfigError("ERROR - %s=%s holds no certificate" % (key, file)) from None
+    if settings.compress == "zstd" and not has_zstd():
+        raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
+                          " could be proved: install it, or set compress=gzip")
 
 
 def main(argv=None) -> int:
     """Runs the program with these arguments (default: sys.argv's); returns the exit status."""
     os.umask(0o077)
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    watch = Watch()
+    watch.install()
     with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ)) as log:
-        return command(words, log)
+        return command(words, log, watch)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from simulator.client import Simulator  # noqa: E402
 from support.harness import Site  # noqa: E402
 from support.shim import shim  # noqa: E402, F401
 from support.tally import pytest_terminal_summary, tally  # noqa: E402, F401
-from support.world import small_disk  # noqa: E402, F401
+from support.terminal import terminal  # noqa: E402, F401
+from support.world import clock, refused, small_disk  # noqa: E402, F401
+from tools import counter  # noqa: E402
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for all children, even if these tests run by nohup
 
@@ -23,6 +25,7 @@ LONG = ("test_death_and_signals.py", "test_of_the_host.py", "test_preview.py", "
 
 
 def pytest_configure(config):
+    counter.register(config)
     config.addinivalue_line(
         "markers", "newest: touches no vmbackup.py; run.py runs it on the newest Python only")
 

@@ -8,6 +8,7 @@ those of the simulator itself, which never touch vmbackup.py, on the newest only
 """
 import argparse
 import collections
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from tools import counter
 from tools.environment import LOWEST, ROOT, TESTS, dotted, interpreters, prepare_lint, prepare_tests
 
 GROUPS = ("lint", "types", "py36", "tests")
 LINTERS = (3, 10)  # the lowest Python for which linters of today can be had
 WORKERS = 4  # of pytest, on each Python: most tests wait for a vmbackup.py and a simulator
 LIMIT = 1800  # seconds that one check may take before it is killed
+EVERY = 15  # seconds between the lines that tell how far the tests are
 VERMIN = ["-q", "--no-tips", "--violations", "-t=3.6-",
           # These came with 3.7 and are used behind hasattr.
           "--exclude", "ssl.TLSVersion", "--exclude", "ssl.SSLContext.minimum_version",
@@ -84,19 +87,37 @@ def checks(groups, found, test_on, pytest_arguments):
         ] + ([] if newest else ["-m", "not newest"]) + pytest_arguments)
 
 
-def run(check):
+def say(text):
+    """A line that tells how far all is; several threads print such."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stdout.flush()
+
+
+def run(check, folder):
     """Runs one check; its output goes to a file, so that no process left behind can hold it up."""
+    counted = Path(folder, check.name)
+    say(f"{check.name} begins")
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
-        try:
-            status = subprocess.run(check.command, cwd=str(ROOT), timeout=LIMIT,
-                                    stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=subprocess.STDOUT).returncode
-            outcome = f"FAILED, exit status {status}" if status else "ok"
-        except subprocess.TimeoutExpired:
-            outcome = f"FAILED, killed after {LIMIT} s"
+        process = subprocess.Popen(check.command, cwd=str(ROOT), stdin=subprocess.DEVNULL,
+                                   stdout=output, stderr=subprocess.STDOUT,
+                                   env=dict(os.environ, **{counter.VARIABLE: str(counted)}))
+        outcome = None
+        while outcome is None:
+            try:
+                status = process.wait(EVERY)
+                outcome = f"FAILED, exit status {status}" if status else "ok"
+            except subprocess.TimeoutExpired:
+                if time.monotonic() - started > LIMIT:
+                    process.kill()
+                    process.wait()
+                    outcome = f"FAILED, killed after {LIMIT} s"
+                elif "pytest" in check.name:
+                    say(f"{check.name}: {counter.progress(str(counted))}")
         output.seek(0)
-        return Result(outcome, time.monotonic() - started, output.read())
+        result = Result(outcome, time.monotonic() - started, output.read())
+    say(f"{check.name} ends: {outcome}, {result.seconds:.1f} s")
+    return result
 
 
 def main():
@@ -120,8 +141,8 @@ def main():
     print(f"Running: {names} (the output of each follows when it has ended)", flush=True)
 
     results = {}
-    with ThreadPoolExecutor(len(todo)) as pool:
-        running = {pool.submit(run, check): check for check in todo}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(todo)) as pool:
+        running = {pool.submit(run, check, folder): check for check in todo}
         for future in as_completed(running):
             check = running[future]
             results[check.name] = result = future.result()

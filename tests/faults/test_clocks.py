@@ -2,13 +2,10 @@
 """Clocks that jump and time zones that change: whatever the folders are called, the backup that is
 really the oldest is the one to go. The clock is that of shim.py."""
 import calendar
-import os
-import signal
 import time
 
 import pytest
 from simulator.pool import Pool, disk
-from support.harness import finish
 from support.tally import Ledger, is_good
 
 BERLIN = "CET-1CEST,M3.5.0/2,M10.5.0/3"
@@ -61,20 +58,3 @@ def test_the_oldest_goes_whatever_the_clock_says(turn, tally, shim, runs, names)
         assert all(map(is_good, site.folders("web")))
     assert [name[:24] for name in made[:2]] == ["backup-" + name for name in names]
     tally("a clock or time zone that changes", len(runs) - 1, ledger)
-
-
-def test_a_backup_of_more_than_a_day_tells_all_its_minutes(turn, tmp_path, shim):
-    """In the middle of the export all clocks go on by 25 hours."""
-    pool = Pool()
-    pool.vm("web", disks=[disk(8192, seed=1)])
-    site, jump = turn(pool), tmp_path / "jump"
-    site.configure("vm-export=web")
-    process = site.start(env={"LD_PRELOAD": str(shim), "SHIM_JUMP": str(jump)})
-    site.sim.fault("kill_client_at", pid=process.pid, after=3000, signal=signal.SIGSTOP)
-    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-    jump.write_text(str(25 * 3600))
-    process.send_signal(signal.SIGCONT)
-    result = finish(process)
-    assert result.status == 0, result
-    assert result.has("VmBackup vm-export web - ***Success*** t:1500")
-    assert "SUCCESS web,elapse:1500 size:0G" in site.status_log.read_text()

@@ -16,7 +16,8 @@ from support.tally import Ledger, is_good, tree
 OLD, OLDER = "backup-2020-01-02-(02:00:00)", "backup-2020-01-01-(02:00:00)"
 
 
-def pool_of(**sizes):
+def pool_of_sizes(**sizes):
+    """VMs with a disk of so many bytes, and a snapshot that is somebody else's."""
     pool = Pool()
     for name, size in sizes.items():
         pool.vm(name, disks=[disk(size, "root", seed=name)], snapshots=[snapshot("mine")])
@@ -40,7 +41,7 @@ def with_old_backups(site, *lines):
 def test_the_disk_fails_once_at_every_change(turn, tmp_path, shim, tally):
     """Whatever fails, the old backups stay and what has a marker is whole; the rest is removed at
     once, but for an empty lock file, which the next run takes."""
-    site = turn(pool_of(web=8192))
+    site = turn(pool_of_sizes(web=8192))
     ledger, failed, step, clean = with_old_backups(site, "max_backups=3"), 0, 1, 0
     with Forks(tmp_path, preload=shim) as forks:
         while clean < 3:  # the failure of a first trial file or of a lock's removal does no harm
@@ -68,7 +69,7 @@ def test_the_disk_fails_once_at_every_change(turn, tmp_path, shim, tally):
 
 def test_all_is_flushed_before_the_marker_and_the_marker_at_once(turn, tmp_path, shim):
     """What a power cut leaves: the marker only if all that it vouches for is on the disk."""
-    site = turn(pool_of(web=8192))
+    site = turn(pool_of_sizes(web=8192))
     site.configure("vm-export=web")
     log = tmp_path / "calls"
     result = site.run(env={"LD_PRELOAD": str(shim), "SHIM_TREE": str(site.backups),
@@ -94,7 +95,7 @@ def test_all_is_flushed_before_the_marker_and_the_marker_at_once(turn, tmp_path,
 
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_a_disk_that_never_flushes_or_takes_a_byte(turn, shim, tally, call):
-    site = turn(pool_of(web=8192, db=8192))
+    site = turn(pool_of_sizes(web=8192, db=8192))
     ledger = with_old_backups(site)
     result = site.run(env={"LD_PRELOAD": str(shim), "SHIM_TREE": str(site.backups),
                            "SHIM_CALL": call, "SHIM_ERRNO": str(errno.EIO)})
@@ -106,7 +107,7 @@ def test_a_disk_that_never_flushes_or_takes_a_byte(turn, shim, tally, call):
 
 
 def test_a_full_disk_fails_one_vm_and_the_next_goes_on(small_disk, tally):
-    site = small_disk(pool_of(web=8192), 10)
+    site = small_disk(pool_of_sizes(web=8192), 10)
     ledger = with_old_backups(site)
     site.sim.add_vm({"name": "big", "disks": [disk(20 * MIB, seed=3)]})
     site.configure("vm-export=big", "vm-export=web", "space_check=False", "max_backups=3")
@@ -119,7 +120,7 @@ def test_a_full_disk_fails_one_vm_and_the_next_goes_on(small_disk, tally):
 
 
 def test_a_read_only_disk_starts_nothing(small_disk, tally):
-    site = small_disk(pool_of(web=8192), 10)
+    site = small_disk(pool_of_sizes(web=8192), 10)
     ledger = with_old_backups(site)
     site.sim.reset_calls()
     subprocess.run(["mount", "-o", "remount,ro", str(site.backups)], check=True)
@@ -133,7 +134,7 @@ def test_a_read_only_disk_starts_nothing(small_disk, tally):
 
 @pytest.mark.parametrize("pre_clean", [False, True])
 def test_too_little_space_is_told_and_pre_clean_makes_some_first(small_disk, tally, pre_clean):
-    site = small_disk(pool_of(web=3 * MIB), 8)
+    site = small_disk(pool_of_sizes(web=3 * MIB), 8)
     ledger = with_old_backups(site)
     site.sim.reset_calls()
     result = site.run("max_backups=2", "pre_clean=%s" % pre_clean)
@@ -154,7 +155,7 @@ def test_too_little_space_is_told_and_pre_clean_makes_some_first(small_disk, tal
 
 def test_backup_dir_vanishes_during_the_run(turn, tally):
     """As a share does: nothing is written where it was, and the other VMs end in order too."""
-    site = turn(pool_of(web=8192, db=8192))
+    site = turn(pool_of_sizes(web=8192, db=8192))
     ledger = with_old_backups(site)
     site.configure("vm-export=web", "vm-export=db")
     process = site.start()
@@ -183,7 +184,7 @@ FOREIGN = {  # what somebody put into an old backup: a function of its folder
 
 
 def test_an_old_backup_with_something_foreign_in_it_is_left_alone(turn, tally):
-    site = turn(pool_of(**dict.fromkeys(FOREIGN, 8192)))
+    site = turn(pool_of_sizes(**dict.fromkeys(FOREIGN, 8192)))
     ledger = with_old_backups(site)
     for name, put in FOREIGN.items():
         put(site.backups / name / OLDER)
@@ -199,7 +200,7 @@ def test_an_old_backup_with_something_foreign_in_it_is_left_alone(turn, tally):
 
 def test_a_file_or_a_link_in_place_of_a_folder(turn, tmp_path, tally):
     """The link of a backup is none of ours and counts for nothing; that of a VM is refused."""
-    site = turn(pool_of(dated=8192, file=8192, linked=8192, web=8192))
+    site = turn(pool_of_sizes(dated=8192, file=8192, linked=8192, web=8192))
     ledger = with_old_backups(site, "max_backups=2")
     elsewhere = tmp_path / "elsewhere"
     (site.backups / "dated" / OLDER).rename(elsewhere)
@@ -223,7 +224,7 @@ def test_a_file_or_a_link_in_place_of_a_folder(turn, tmp_path, tally):
 
 
 def test_an_old_backup_that_cannot_be_deleted_is_a_warning(turn, tally):
-    site = turn(pool_of(web=8192))
+    site = turn(pool_of_sizes(web=8192))
     ledger = with_old_backups(site, "max_backups=2")
     oldest = site.backups / "web" / OLDER
     if os.geteuid():

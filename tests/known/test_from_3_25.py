@@ -16,8 +16,7 @@ from support.upstream import (
     leave_password_file,
     leave_pool_dump,
 )
-
-from vmbackup import short_host_name
+from support.world import SERVER
 
 # The effective lines of the example.cfg that came with 3.25 (and a comment of its kind).
 EXAMPLE_CFG = """\
@@ -47,7 +46,7 @@ VmBackup.py running with these settings:
 """
 
 
-def pool_of(*names):
+def pool_of_3_25(*names):
     """VMs with one disk each, as 3.25 likes them best: running, with a device name."""
     pool = Pool()
     pool.template("Debian", default=True)
@@ -59,7 +58,7 @@ def pool_of(*names):
 
 def readme_pool():
     """The pool of the examples in the README of 3.25."""
-    return pool_of("PROD-ubuntu14", "PROD-ubuntu12-benchmark", "PROD-CentOS7-large-user-disks",
+    return pool_of_3_25("PROD-ubuntu14", "PROD-ubuntu12-benchmark", "PROD-CentOS7-large-user-disks",
                    "DEV-RH6", "DEV-RH7", "PROD-WinSvr", "DEV mySql")
 
 
@@ -97,7 +96,7 @@ def test_the_preview_block_of_the_readme(turn, lines, lists, end):
 
 
 def test_a_run_over_the_folders_that_3_25_left(turn):
-    here = turn(pool_of("web", "db"))
+    here = turn(pool_of_3_25("web", "db"))
     kept = [leave_backup(here.backups, "web", day, marker)
             for day, marker in zip((3, 4, 5), MARKERS[1:])]
     pruned = [leave_backup(here.backups, "web", 1), leave_backup(here.backups, "web", 2, "success")]
@@ -109,7 +108,7 @@ def test_a_run_over_the_folders_that_3_25_left(turn):
         stray.mkdir(parents=True)
         (stray / "image.xva").write_text("precious")
     retired = leave_backup(here.backups, "retired-vm", 1)
-    dumps = [leave_pool_dump(here.backups, short_host_name(), "201908%02d-020000" % day)
+    dumps = [leave_pool_dump(here.backups, SERVER, "201908%02d-020000" % day)
              for day in range(1, 8)]
     before = all_files(here.backups)
     here.configure("max_backups=4", "pool_db_backup=1", "vm-export=web", "vm-export=db")
@@ -131,7 +130,7 @@ def test_a_run_over_the_folders_that_3_25_left(turn):
 
 
 def test_nothing_but_what_3_25_wrote_is_in_a_folder_that_is_pruned(turn):
-    here = turn(pool_of("web"))
+    here = turn(pool_of_3_25("web"))
     old = leave_backup(here.backups, "web", 1)
     (old / "web.xva.sig").write_text("somebody put a signature beside it")
     here.configure("max_backups=1", "vm-export=web")
@@ -145,7 +144,7 @@ def test_nothing_but_what_3_25_wrote_is_in_a_folder_that_is_pruned(turn):
 def test_the_example_cfg_of_3_25_and_its_password_file(turn):
     names = ["my-vm-name", "my-second-vm", "my-third-vm", "PROD-a", "PROD-WinDomainController",
              "DEV-a", "DEV-DestructiveTest", "TEST"]
-    pool = pool_of(*names)
+    pool = pool_of_3_25(*names)
     pool.description["password"] = "pa$$ wörd"
     here = turn(pool)
     here.config.write_text(EXAMPLE_CFG % here.backups)
@@ -165,7 +164,7 @@ def test_the_example_cfg_of_3_25_and_its_password_file(turn):
 
 
 def test_the_status_log_is_appended_to_in_the_form_of_3_25(turn):
-    here = turn(pool_of("web", "big", "bad"))
+    here = turn(pool_of_3_25("web", "big", "bad"))
     old = "2019/08/07 02:00:00,vmbackup.py,xen1,begin\n"
     here.status_log.write_text(old)
     here.sim.fault("snapshot_error", vm="bad")
@@ -176,7 +175,7 @@ def test_the_status_log_is_appended_to_in_the_form_of_3_25(turn):
     lines = text[len(old):].splitlines()
     moment = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d,")
     assert all(moment.match(line) for line in lines)
-    assert [moment.sub("", line) for line in lines] == [line % short_host_name() for line in (
+    assert [moment.sub("", line) for line in lines] == [line % SERVER for line in (
         "vmbackup.py,%s,begin",
         "vdi-export,%s,begin,big",
         "vdi-export,%s,end,SUCCESS big,elapse:0 size:0G",
@@ -200,19 +199,19 @@ def test_the_status_log_is_appended_to_in_the_form_of_3_25(turn):
     ("vdi-export", {"name": "export_fail", "path": "/export_raw_vdi"}, "VDI-EXPORT-FAIL"),
 ])
 def test_the_status_log_has_the_words_of_3_25_for_each_failure(turn, kind, fault, word):
-    here = turn(pool_of("web"))
+    here = turn(pool_of_3_25("web"))
     here.sim.fault(**fault)
     here.configure("%s=web" % kind)
     assert here.run().status == 2
     ends = [line.split(",", 3) for line in here.status_log.read_text().splitlines()
             if ",end," in line]
     assert [end[1:] for end in ends] == [
-        [kind, short_host_name(), "end,%s web" % word],
-        ["vmbackup.py", short_host_name(), "end,ERROR,S:0 W:0 E:1"]]
+        [kind, SERVER, "end,%s web" % word],
+        ["vmbackup.py", SERVER, "end,ERROR,S:0 W:0 E:1"]]
 
 
 def test_the_folder_has_all_that_3_25_wrote_and_vm_cfg_and_checksums(turn):
-    here = turn(pool_of("web"))
+    here = turn(pool_of_3_25("web"))
     here.configure("vm-export=web")
     assert here.run().status == 0
     (new,) = here.folders("web")

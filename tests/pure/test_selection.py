@@ -1,20 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which VMs are chosen, which folder is theirs, which backups expire: rules, and properties."""
-import hashlib
-import os
+"""Which VMs are chosen: rules, and properties."""
 import re
-import signal
-import string
-import subprocess
-import sys
-import unicodedata
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulator.client import Simulator
-from simulator.pool import Pool
-from support.harness import ROOT, Result
 
 import vmbackup
 
@@ -107,96 +97,130 @@ def test_own_max_backups_is_one_or_more(line):
         rules_of(line)
 
 
-@pytest.mark.parametrize("value", ["(", "*a", "[a", "a**", "(?P<x>a)(?P<x>b)", "(?L)a", "(?au)a",
-                                   "a{99999999999999999999}", "(" * 3000 + ")" * 3000])
-@pytest.mark.parametrize("key", ["vm-export", "vdi-export", "exclude"])
-def test_what_does_not_compile_is_named(key, value):
-    """Or, where this Python can compile it, nothing is raised."""
+NO_REGEX = ["(", "*a", "[a", "a**", "(?P<x>a)(?P<x>b)", "(?L)a", "(?au)a",
+            "a{99999999999999999999}", "(" * 3000 + ")" * 3000]
+
+
+def compiles(value):
     try:
         re.compile(value)
     except Exception:
-        with pytest.raises(vmbackup.ConfigError) as caught:
-            rules_of("%s=%s" % (key, value))
-        assert str(caught.value) == "***ERROR - invalid regex: %s=%s" % (key, value)
-    else:
-        rules_of("%s=%s" % (key, value))
+        return False
+    return True
 
 
-# --- through the program ---
+@pytest.mark.parametrize("value", NO_REGEX)
+@pytest.mark.parametrize("key", ["vm-export", "vdi-export", "exclude"])
+def test_what_does_not_compile_is_named(key, value):
+    """Or, where this Python can compile it, nothing is raised; all of them at once."""
+    if compiles(value):
+        vmbackup.select(rules_of("%s=%s" % (key, value)), {"web": [1]})
+        return
+    with pytest.raises(vmbackup.ConfigError) as caught:
+        vmbackup.select(rules_of("%s=%s" % (key, value), "exclude=[b"), {"web": [1]})
+    first, second = str(caught.value).split("\n")
+    assert first.startswith("***ERROR - invalid regex: %s=%s" % (key, value))
+    assert second == "***ERROR - invalid regex: exclude=[b"
 
 
-@pytest.fixture(scope="module")
-def sim():
-    pool = Pool()
-    for name in ("web", "web2", "db", "Büro", "twin", "twin", "RESTORE_web", "a" * 40 + "!"):
-        pool.vm(name)
-    pool.template("web template")
-    with Simulator.start(pool) as started:
-        yield started
+@pytest.mark.parametrize("name", NO_REGEX[:6] + ["srv (old)", "C++ build", "db[1]", "cost$", "a.b"])
+def test_a_vm_is_found_by_its_own_name_whatever_is_in_it(name):
+    """An expression for others, too, where it is one; with :N, and as an exclude."""
+    assert chosen(["vm-export=" + name], [name, "other"])[name] == (VM, None)
+    assert chosen(["vdi-export=%s:3" % name], [name, "other"])[name] == (VDI, 3)
+    assert name not in chosen(["vm-export=.*", "exclude=" + name], [name, "other"])
+    (note,) = vmbackup.select(rules_of("vm-export=" + name), {name: [1]}).notes
+    assert note.startswith("NOTE - vm-export=%s: " % name)
+    assert "may match others too" in note
 
 
-def preview(sim, tmp_path, *lines, code="import vmbackup, sys; sys.exit(vmbackup.main())"):
-    """The Result of a preview with these lines in the config file; code starts the program."""
-    config = tmp_path / "night.cfg"
-    head = ["backup_dir=%s" % tmp_path, "status_log=%s/status.log" % tmp_path, "host=%s" % sim.url]
-    config.write_bytes("\n".join(head + list(lines)).encode("utf-8"))
-    process = subprocess.Popen([sys.executable, "-c", code, sim.password, str(config), "preview"],
-                               cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=100)
-    return Result(process.returncode, out, err)
+def test_the_note_tells_what_a_name_matches_besides():
+    (note,) = vmbackup.select(rules_of("vm-export=db[1]"), {"db[1]": [1], "db1": [2]}).notes
+    assert note.endswith("others too: db1")
 
 
-def test_the_program_chooses_by_the_rules(sim, tmp_path):
-    result = preview(sim, tmp_path, "vm-export=w.*:2", "exclude=web2", "vm-export=db",
-                     "vdi-export=B.*:7")
-    listed = [line for line in result.lines if line.startswith("  v") and "-export" in line]
-    assert listed == ["  vdi-export (cnt)= 1", "  vdi-export: Büro:7",
-                      "  vm-export (cnt)= 2", "  vm-export: db, web:2"]
-    left = "VMs-not-in-backup: RESTORE_web, %s!, twin, web2" % ("a" * 40)
-    assert left in result.lines
-
-
-@pytest.mark.parametrize("lines, status, texts", [
-    (["vm-export=gone", "vm-export=db"], 2, ["ERROR - vm(s) List does not exist: gone"]),
-    (["vm-export=x1", "vm-export=x2"], 2, ["ERROR - vm(s) List does not exist: x1 x2"]),
-    (["vm-export=twin", "vm-export=db"], 2, ["*** ERROR: duplicate VM name found: twin"]),
-    (["vm-export=db", "vm-export=x.*:3"], 1, ["***WARNING - vm not found: vm-export=x.*:3"]),
-    (["vm-export=db", "vdi-export=x."], 1, ["***WARNING - vm not found: vdi-export=x."]),
-    (["vm-export=db", "exclude=x1", "exclude=y.*"], 1,
-     ["***WARNING - vm(s) Exclude does not exist: x1 y.*"]),
-    (["vm-export=db", "exclude="], 1, ["***WARNING - empty exclude= is passed over"]),
-    (["vm-export=db", "vdi-export="], 1, ["***WARNING - empty vdi-export= is passed over"]),
-    (["vm-export=web template"], 2, ["ERROR - vm(s) List does not exist: web template"]),
-    (["vm-export=(", "vdi-export=db"], 3, ["***ERROR - invalid regex: vm-export=("]),
+@pytest.mark.parametrize("lines, names, notes", [
+    (["vm-export=P-db.*:7", "vm-export=P-.*"], ["P-db1", "P-web"], ["vm-export=P-.*"]),
+    (["vm-export=P-db.*:7", "vm-export=P-db1", "exclude=.*2", "vdi-export=.*3"],
+     ["P-db1", "P-db2", "P-db3"], ["vm-export=P-db1", "exclude=.*2", "vdi-export=.*3"]),
+    (["vm-export=web", "exclude=web"], ["web"], ["exclude=web"]),
+    (["vm-export=web", "vdi-export=web"], ["web"], ["vdi-export=web"]),
+    (["vm-export=web:1", "vm-export=web:2"], ["web"], ["vm-export=web:2"]),
+    (["vm-export=a.*", "vm-export=.*b"], ["ab", "ac"], None),  # one is left to it
+    (["vm-export=a", "vm-export=.*"], ["a", "b"], None), (["vm-export=gone"], ["a"], None),
 ])
-def test_the_program_tells_what_matched_nothing(sim, tmp_path, lines, status, texts):
-    result = preview(sim, tmp_path, *lines)
-    assert result.status == status, result
-    for text in texts:
-        assert text in result.lines
+def test_a_rule_whose_vms_others_took_is_told_with_them(lines, names, notes):
+    found = vmbackup.select(rules_of(*lines), {name: [1] for name in names}).notes
+    expected = ["NOTE - %s: all its VMs were taken by %s" % (lines[0], ", ".join(notes))] * (
+        notes is not None) if notes else []
+    assert found == expected
 
 
-def test_an_invalid_expression_stops_before_anything_is_asked(sim, tmp_path):
-    sim.reset_calls()
-    assert preview(sim, tmp_path, "vm-export=db", "exclude=[").status == 3
-    assert sim.calls() == []
+@pytest.mark.parametrize("line, meant", [
+    ("vm-export=*", "this is written .*)"), ("vdi-export=web*", "this is written web.*)"),
+    ("vm-export=*.example.org:2", r"this is written .*\.example\.org)"),
+    ("vm-export=web # the shop", "a comment stands on a line of its own"),
+    ("vm-export=web, db", "one name or expression a line"), ("vm-export=web;db", "one name"),
+    ('vm-export="web shop":2', "leave the quotes out"), ("vm-export='web':2", "quotes"),
+    ("vm-export=web.+", ""), ("vm-export=x{2,3}y", "one name or"), ("vm-export=web.*", ""),
+])
+def test_what_is_probably_meant_is_told(line, meant):
+    try:
+        (text,) = vmbackup.select(rules_of(line), {"sql": [1]}).unmatched
+    except vmbackup.ConfigError as error:
+        text = str(error).replace("***ERROR - invalid regex: ", "")
+    assert text.startswith(line)
+    assert meant in text if meant else text == line
 
 
-def test_an_expression_of_exponential_time_is_stopped(sim, tmp_path):
-    result = preview(sim, tmp_path, "vm-export=(a+)+$", code="import vmbackup, sys;"
-                     " vmbackup.REGEX_TIMEOUT = 0.5; sys.exit(vmbackup.main())")
-    assert result.status == 3, result
-    assert "takes too long" in result.lines[-1]
-    assert [line for line in result.lines if "ERROR" in line] == result.lines[-1:]
-    assert not sim.sessions()
+@pytest.mark.parametrize("name, names, near", [
+    ("web01", ["Web01", "web02"], "Web01"), ("wbe", ["web"], "web"), ("we", ["web"], "web"),
+    ("webb", ["web"], "web"), ("wib", ["web", "wobb"], "web"), ("DEV mySql", ["DEV-mySql"], 0),
+    ("Bu\u0308ro", ["Büro"], 0), ("web", ["sql", "w", "wxyb"], ""), ("web1", ["web"], "web"),
+    ("web1", ["web2", "wab1"], "wab1"), ("a", [], ""), ("web", ["web"], ""),
+])
+def test_the_name_that_differs_in_case_or_by_a_letter(name, names, near):
+    assert vmbackup.nearest(name, names) == (names[0] if near == 0 else near)
 
 
-def test_the_time_limit_leaves_no_timer_behind():
-    before = signal.getsignal(signal.SIGALRM)
-    with vmbackup.time_limit(50, "x"):
-        pass
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert signal.getsignal(signal.SIGALRM) is before
+def test_a_missing_name_is_told_with_the_nearest_one():
+    found = vmbackup.select(rules_of("vm-export=Web", "exclude=dbb", "vm-export=q"),
+                            {"web": [1], "db": [2]})
+    assert found.notes == ['NOTE - vm-export=Web: no VM bears this name (perhaps "web" is meant)',
+                           'NOTE - exclude=dbb: no VM bears this name (perhaps "db" is meant)']
+    assert found.unknown_excludes == ["dbb"]
+
+
+def narrowed(names, *only):
+    lines, words = ["vm-export=.*", "vdi-export=db.*:3", "vm-export=gone", "exclude=old"], []
+    words = [("only", value, "here") for value in only]
+    made = vmbackup.make_settings([line.partition("=")[::2] + ("f",) for line in lines], words)
+    found = vmbackup.select(made.rules, {name: [1] for name in names}, made.only)
+    return sorted((choice.name, choice.keep) for choice in found.choices), found
+
+
+@pytest.mark.parametrize("only, expected", [
+    (["web"], [("web", None)]), (["db."], [("db1", 3), ("db2", 3)]), (["gone"], [("gone", None)]),
+    (["web", "db1"], [("db1", 3), ("web", None)]), (["c[1]"], [("c[1]", None)]),
+    (["."], [("c[1]", None), ("db1", 3), ("db2", 3), ("gone", None), ("web", None)]),
+])
+def test_only_narrows_what_was_chosen(only, expected):
+    names = ["web", "db1", "db2", "old", "c[1]"]
+    choices, found = narrowed(names, *only)
+    assert choices == expected
+    assert found.left == ["old"], "those that only= left out are in the backup all the same"
+    assert found.unmatched == []
+
+
+@pytest.mark.parametrize("only", ["old", "nothing", "web:3", "Web", "x.*"])
+def test_only_that_leaves_nothing(only):
+    with pytest.raises(vmbackup.ConfigError, match="only=" + re.escape(only)):
+        narrowed(["web", "old"], only)
+
+
+def test_one_only_of_several_that_matches_nothing_is_told():
+    assert narrowed(["web", "db1"], "web", "wbe")[1].unmatched == [
+        'only=wbe (perhaps "web" is meant)']
 
 
 # --- properties ---
@@ -219,7 +243,7 @@ def test_every_vm_goes_where_the_rules_say(lines, names):
         return bool(value) and not set(value) & set(".*[]|$")
 
     def fits(value, name):
-        return value == name if simple(value) else bool(re.match(value, name))
+        return value == name or not simple(value) and bool(re.match(value, name))
 
     expected = {}
     in_file = {value for key, value, _ in lines if key != "exclude" and simple(value)}
@@ -229,7 +253,7 @@ def test_every_vm_goes_where_the_rules_say(lines, names):
         for kind in (VM, VDI):  # the second one wins
             mine = [line for line in lines if line[0] == kind]
             by_name = [line for line in mine if simple(line[1]) and line[1] == name]
-            by_regex = [line for line in mine if not simple(line[1]) and re.match(line[1], name)]
+            by_regex = [line for line in mine if not simple(line[1]) and fits(line[1], name)]
             last = (by_name or (by_regex if name in names else []))[-1:]
             for _, _, keep in last:
                 expected[name] = (kind, int(keep[1:]) if keep else None)
@@ -245,122 +269,3 @@ def test_no_selector_raises_anything_of_its_own(lines, names):
     except vmbackup.ConfigError:
         return
     assert set(selected) - set(names) <= {name for name in selected if vmbackup.is_simple(name)}
-
-
-def escaped(name):
-    """The contract's words for the names of folders, char by char."""
-    found = ""
-    for index, char in enumerate(name):
-        control = unicodedata.category(char) == "Cc"
-        if char in "/%" or control or (char == "." and index == 0):
-            found += "".join("%%%02X" % byte for byte in char.encode("utf-8"))
-        else:
-            found += char
-    return found
-
-
-TRICKY = st.text(st.sampled_from("/%.~2Fa5Ee0\0\n\x7f\x85é🐘-"), max_size=8)
-LONG = st.builds(lambda start, char, count, end: start + char * count + end, TRICKY,
-                 st.sampled_from("aé🐘%/"), st.integers(30, 210),
-                 st.one_of(TRICKY, st.text("0123456789abcdef", min_size=8, max_size=8)
-                           .map(lambda digits: "~" + digits)))
-ANY_NAME = st.one_of(st.text(max_size=30), TRICKY, LONG)
-
-
-@QUICK
-@given(ANY_NAME)
-@example("")
-@example(".")
-@example("..")
-@example("success")
-@example("-rf")
-@example("a" * 200)
-@example("a" * 201)
-def test_a_folder_lies_inside_backup_dir(name):
-    folder = vmbackup.folder_name(name)
-    data = os.fsencode(vmbackup.native(folder))
-    assert data == folder.encode("utf-8")
-    assert 0 < len(data) <= 200
-    assert os.path.dirname(os.path.normpath(b"/backups/" + data)) == b"/backups"
-    assert not data.startswith(b".")
-    assert not [char for char in folder if unicodedata.category(char) == "Cc"]
-
-
-@QUICK
-@given(st.text(min_size=1, max_size=60))
-@example("a" * 200)
-@example("é" * 100)
-@example("/etc/passwd")
-@example("../../x")
-@example("100%")
-@example("a.b")
-@example("a\x85\n\0")
-def test_a_short_name_is_escaped_as_the_contract_says(name):
-    assume(len(escaped(name).encode("utf-8")) <= 200)
-    assert vmbackup.folder_name(name) == escaped(name)
-
-
-@QUICK
-@given(LONG)
-def test_a_long_name_ends_in_its_hash(name):
-    assume(len(escaped(name).encode("utf-8")) > 200)
-    digits = hashlib.sha256(name.encode("utf-8")).hexdigest()[:8]
-    folder = vmbackup.folder_name(name)
-    assert folder.endswith("~" + digits)
-    assert escaped(name).startswith(folder[:-9])
-    assert len(folder.encode("utf-8")) > 190
-
-
-@QUICK
-@given(st.lists(ANY_NAME, min_size=2, max_size=12, unique=True))
-@example(["/", "%2F", "%252F"])
-@example([".a", "%2Ea"])
-@example(["a" * 300, "a" * 301])
-def test_two_names_never_share_a_folder(names):
-    folders = [vmbackup.folder_name(name) for name in names]
-    folders += [vmbackup.folder_name(folder) for folder in set(folders) - set(names)]
-    assert len(set(folders)) == len(folders)
-
-
-def test_a_name_that_looks_like_a_cut_one_gets_a_folder_of_its_own():
-    long = "a" * 300
-    assert vmbackup.folder_name(vmbackup.folder_name(long)) != vmbackup.folder_name(long)
-
-
-FOLDERS = st.lists(st.builds(
-    vmbackup.Folder, st.text(string.ascii_letters, min_size=1, max_size=6),
-    st.one_of(st.none(), st.integers(0, 20).map(float)),
-    st.one_of(st.none(), st.sampled_from(vmbackup.MARKERS)), st.booleans(),
-), max_size=12, unique_by=lambda folder: folder.name)
-
-
-@QUICK
-@given(FOLDERS, st.integers(-1, 6), st.data())
-def test_only_good_backups_beyond_the_newest_expire(folders, keep, data):
-    """G3: never what bears no marker or date, never the newest good one, never the one just made,
-    and what goes is older than all that stays."""
-    good = {folder.name: folder.created for folder in folders
-            if folder.marker and folder.created is not None}
-    newest = data.draw(st.sampled_from([None] + sorted(good)))
-    doomed = vmbackup.expired(folders, keep, newest)
-    stay = set(good) - set(doomed)
-    assert len(set(doomed)) == len(doomed)
-    assert set(doomed) <= set(good)
-    assert len(stay) == min(len(good), max(keep, 1))
-    assert newest is None or newest in stay
-    ages = [good[name] for name in doomed]
-    assert ages == sorted(ages)
-    assert not ages or all(good[name] >= ages[-1] for name in stay - {newest})
-
-
-@pytest.mark.parametrize("marker", ["success", "success_restore", "success_compress",
-                                    "success_compressing"])
-def test_every_marker_of_upstream_counts(tmp_path, marker):
-    for day in "123":
-        folder = tmp_path / ("backup-2026-01-0%s-(02:00:00)" % day)
-        folder.mkdir()
-        (folder / marker).write_text("")
-    (tmp_path / "backup-2026-01-04-(02:00:00)").mkdir()
-    (tmp_path / "@keep").mkdir()
-    found = vmbackup.list_folders(str(tmp_path), [vmbackup.DEFAULT_PATTERN])
-    assert vmbackup.expired(found, 2) == ["backup-2026-01-01-(02:00:00)"]

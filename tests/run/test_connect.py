@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How a host is reached and trusted: TLS, the socket, slaves, dead hosts, redirects."""
+"""How a host is reached and trusted: TLS, the socket, lists of hosts, slaves, redirects."""
+import json
 
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import vmbackup
-from support.world import WRONG, refused_port
-
-
-def one_vm(hosts=1):
-    pool = Pool(hosts=hosts)
-    pool.vm("web", disks=[disk(2 * MIB, seed=1)])
-    return pool
+from support.world import WRONG, one_vm, refused_port
 
 
 @pytest.mark.parametrize("trust, accepted", [
@@ -23,8 +18,8 @@ def one_vm(hosts=1):
     (lambda sim: ["tls_fingerprint=" + WRONG], False),
     (lambda sim: ["tls_ca=" + sim.hosts[1]["certificate"]], False),
 ])
-def test_a_certificate_is_trusted_or_one_line_tells_its_fingerprint(turn_of_two, trust, accepted):
-    here = turn_of_two
+def test_a_certificate_is_trusted_or_one_line_tells_its_fingerprint(site, trust, accepted):
+    here = site(one_vm(hosts=2))
     here.configure("vm-export=web", *trust(here.sim))
     result = here.run()
     if accepted:
@@ -38,11 +33,6 @@ def test_a_certificate_is_trusted_or_one_line_tells_its_fingerprint(turn_of_two,
     assert "tls_fingerprint=" + here.sim.fingerprint in told[0]
     assert "session.login_with_password" not in here.sim.methods()
     assert not here.folders("web", marked=False)
-
-
-@pytest.fixture
-def turn_of_two(site):
-    return site(one_vm(hosts=2))
 
 
 def test_no_check_is_a_warning_in_the_log_of_every_run(turn):
@@ -83,25 +73,6 @@ def test_the_environment_has_no_say(turn, tmp_path):
                 {name.lower() for name in call.get("headers") or ()}]
 
 
-def test_dead_hosts_of_the_list_are_passed_over(turn):
-    here = turn(one_vm())
-    here.configure("vm-export=web")
-    dead = "127.0.0.1:%d" % refused_port()
-    assert here.run("host=%s,%s" % (dead, here.sim.url)).status == 0
-    result = here.run("host=" + dead)
-    assert result.status == 3
-    assert result.has("ERROR - no login: %s" % dead)
-
-
-def test_a_slave_leads_to_the_master(site):
-    here = site(one_vm(hosts=2))
-    here.configure("vm-export=web", "pool_db_backup=1")
-    result = here.run("host=" + here.sim.hosts[1]["url"])
-    assert result.status == 0, result
-    assert {call["host"] for call in here.sim.calls()
-            if call["kind"] == "http" or call["outcome"] == "Success"} == {0}
-
-
 def test_a_redirect_goes_to_a_member_that_the_pool_vouches_for(site):
     here = site(one_vm(hosts=2))
     here.configure("vm-export=web", "tls_fingerprint=" + here.sim.fingerprint)
@@ -128,3 +99,115 @@ def test_a_host_that_is_booting_is_told(turn):
     result = here.run()
     assert result.status == 3
     assert result.has("HOST_STILL_BOOTING")
+
+
+# --- host=a,b,c: the first that answers and is trusted, by way of a slave too; or one clear line --
+
+LOGIN = "session.login_with_password"
+
+
+@pytest.fixture
+def here(site):
+    pool = Pool(hosts=2, password="open sesame")
+    pool.vm("web", disks=[disk(MIB, seed=1)])
+    made = site(pool)
+    made.report = made.path / "report.json"
+    made.configure("vm-export=web", "report_json=%s" % made.report)
+    return made
+
+
+def told(here):
+    return json.loads(here.report.read_text(encoding="utf-8"))
+
+
+def logins(here):
+    """The members at which a login was tried, in order, with its outcome."""
+    return [(call["host"], call["outcome"]) for call in here.sim.calls() if call["method"] == LOGIN]
+
+
+def test_the_first_is_down_and_the_second_answers(here):
+    dead = "127.0.0.1:%d" % refused_port()
+    result = here.run("host=%s, %s" % (dead, here.sim.url))
+    assert result.status == 0, result
+    assert logins(here) == [(0, "Success")]
+    assert told(here)["host"] == here.sim.url[len("https://"):]
+    here.assert_pool_is_clean()
+
+
+def test_the_first_answers_and_the_second_is_not_asked(here):
+    assert here.run("host=%s,127.0.0.1:%d" % (here.sim.url, refused_port())).status == 0
+
+
+@pytest.mark.parametrize("first", [
+    ("host_still_booting", {}), ("rpc_http", {"method": LOGIN}), ("rpc_drop", {"method": LOGIN}),
+    ("login_error", {"error_info": ["INTERNAL_ERROR", "x"]}),
+])
+def test_the_first_answers_wrongly_and_the_second_leads_to_the_master(here, first):
+    """Another session there may last: the slave names the master, which is well again."""
+    here.sim.fault(first[0], host=0, times=1, **first[1])
+    result = here.run("host=%s,%s" % (here.sim.url, here.sim.hosts[1]["url"]))
+    assert result.status == 0, result
+    assert [host for host, _ in logins(here)][-2:] == [1, 0]
+    here.assert_pool_is_clean()
+
+
+def test_a_slave_first_and_a_dead_host_behind_it(here):
+    dead = "127.0.0.1:%d" % refused_port()
+    result = here.run("host=%s,%s" % (here.sim.hosts[1]["url"], dead), "pool_db_backup=1")
+    assert result.status == 0, result
+    assert logins(here) == [(1, "HOST_IS_SLAVE"), (0, "Success")]
+    assert {call["host"] for call in here.sim.calls() if call["kind"] == "http"} == {0}
+    assert result.has("is not the pool master, going on to ")
+    assert told(here)["host"] == here.sim.url[len("https://"):]
+    assert here.folders("web")
+
+
+def test_a_slave_whose_master_is_down_is_passed_over(here):
+    here.sim.fault("host_down", member=0)
+    result = here.run("host=%s" % here.sim.hosts[1]["url"])
+    assert result.status == 3, result
+    assert [line for line in result.lines if "ERROR" in line] == [result.lines[-1]]
+    assert result.has("ERROR - no login: ")
+
+
+def test_the_first_is_not_trusted_and_gets_no_password(here):
+    """Only the second's certificate is known; it is a slave: the master is asked, and refused."""
+    second = here.sim.hosts[1]
+    result = here.run("host=%s,%s" % (here.sim.url, second["url"]),
+                      "tls_fingerprint=" + second["fingerprint"])
+    assert result.status == 3, result
+    assert [host for host, _ in logins(here)] == [1]
+    assert result.has("is not trusted: its SHA-256 fingerprint is " + here.sim.fingerprint)
+
+
+def test_the_first_is_not_trusted_and_the_second_is_taken(here):
+    here.sim.fault("master_moves", to=1)
+    second = here.sim.hosts[1]
+    result = here.run("host=%s,%s" % (here.sim.url, second["url"]),
+                      "tls_fingerprint=" + second["fingerprint"])
+    assert result.status == 0, result
+    assert logins(here) == [(1, "Success")]
+
+
+def test_a_wrong_password_is_tried_at_one_host_only(here):
+    """It is wrong at every host of the pool, and an account may be locked after a few."""
+    result = vmbackup("swordfish", here.config, "host=%s,%s" % (here.sim.url, here.sim.url))
+    assert result.status == 3, result
+    assert logins(here) == [(0, "SESSION_AUTHENTICATION_FAILED")]
+
+
+def test_none_answers(here):
+    dead = ["127.0.0.1:%d" % refused_port(), "[::1]:%d" % refused_port()]
+    result = here.run("host=%s" % ",".join(dead + [here.sim.url]), "tls_fingerprint=" + WRONG)
+    assert result.status == 3, result
+    errors = [line for line in result.lines if "ERROR" in line]
+    assert errors == [result.lines[-1]]
+    assert errors[0].startswith("ERROR - no login: ")
+    for host in dead:
+        assert "%s: " % host in errors[0], errors
+    assert "is not trusted" in errors[0]
+    report = told(here)
+    assert (report["status"], report["exit_status"], report["vms"]) == ("ERROR", 3, [])
+    assert report["error"] == errors[0]
+    assert all(host in report["host"] for host in dead)
+    assert not here.folders("web", marked=False)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Names that a file system, a shell, a log or a terminal could stumble over, all in one pool."""
 import hashlib
+import json
+import os
 import re
 
 import pytest
 from simulator.pool import Pool, disk, vif
 from support.harness import LINE, vmbackup
 from support.tally import Ledger, is_good
+from support.world import cfg
 
 NAMES = [
     "", ".", "..", "../../../etc/cron.d/x", "/", "/etc/passwd", "a/b", "a%2Fb", "a%252Fb", "%",
@@ -47,20 +50,13 @@ def assert_harmless(text, start):
         assert not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", line), line
 
 
-def cfg(path):
-    """The pairs of a .cfg file, read as the contract says."""
-    text = path.read_bytes().decode("utf-8")
-    pairs = dict(line.split("=", 1) for line in text.split("\n")[:-1])
-    return {key: value.replace("\\\\", "\0").replace("\\n", "\n").replace("\\r", "\r")
-            .replace("\0", "\\") for key, value in pairs.items()}
-
-
 @pytest.mark.parametrize("kind, suffix, locale", [
     ("vm-export", "xva", "C"), ("vdi-export", "raw", "C.UTF-8")])
 def test_every_name_gets_a_folder_of_its_own(hostile, tally, kind, suffix, locale):
     site = hostile
     ledger = Ledger(site)
-    site.configure(kind + "=.*")
+    report = site.path / "report.json"
+    site.configure(kind + "=.*", "report_json=%s" % report)
     result = site.run("host=" + site.sim.http, env={"LC_ALL": locale})
     assert result.status == 0, result
     assert_harmless(result.out, LINE)
@@ -68,7 +64,10 @@ def test_every_name_gets_a_folder_of_its_own(hostile, tally, kind, suffix, local
     status = site.status_log.read_bytes().decode("utf-8")
     assert_harmless(status, re.compile(r"2\d{3}/\d\d/\d\d \d\d:\d\d:\d\d,v"))
     assert status.count("\n") == 2 * len(NAMES) + 2
-    assert set(site.path.iterdir()) == {site.config, site.backups, site.status_log}
+    assert set(site.path.iterdir()) == {site.config, site.backups, site.status_log, report}
+    told = json.loads(report.read_text(encoding="utf-8"))["vms"]
+    exports = {os.path.join(vm["folder"], vm["file"]).encode("utf-8") for vm in told}
+    assert len(exports) == len(NAMES) and all(map(os.path.isfile, exports))
 
     sources = {through_xml(vm["name_label"]): vm["uuid"] for vm in site.sim.records("VM").values()
                if vm["name_label"] in NAMES}

@@ -1,20 +1,57 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two runs at once. The first one is stopped (SIGSTOP) in the middle of an export meanwhile."""
+"""Several VMs at a time in one run; and two runs at once, of which the first is stopped (SIGSTOP)
+in the middle of an export meanwhile."""
 import errno
 import os
+import re
 import signal
 
 import pytest
-from simulator.pool import Pool, disk
-from support.harness import finish
+from simulator.pool import MIB
+from support.harness import LINE, finish
 from support.tally import Ledger, tree
+from support.world import pool_of, wait_until
 
 
-def pool_of(*names):
-    pool = Pool()
-    for name in names:
-        pool.vm(name, disks=[disk(8192, "root", seed=name)])
-    return pool
+def test_streams_of_a_parallel_run_are_open_at_the_same_time(turn):
+    site = turn(pool_of(*["vm%d" % number for number in range(5)]))
+    site.configure("vm-export=", "parallel=4")
+    site.sim.fault("export_rate", bytes=20000)  # no stream ends while this test looks
+    process = site.start()
+    wait_until(lambda: site.sim.methods().count("GET /export") == 4)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert site.sim.methods().count("GET /export") == 4
+    assert result.status == 128 + signal.SIGTERM
+    assert "vm4" not in "".join(line for line in result.lines if "begins" in line)
+    site.assert_pool_is_clean()
+
+
+def test_what_a_parallel_run_tells_is_what_a_serial_one_does(turn):
+    """But for the order: the slow first VM comes last in the status log."""
+    told = []
+    for parallel in (1, 4):
+        site = turn(pool_of(*["vm%d" % number for number in range(7)]))
+        site.configure("vm-export=", "parallel=%d" % parallel)
+        slow = site.sim.fault("export_silence", vm="vm0", after=MIB // 2, seconds=3600)
+        site.sim.fault("export_cut", vm="vm3", after=MIB // 2, task="failure")
+        process = site.start()
+        if parallel > 1:
+            wait_until(lambda log=site.status_log: log.exists()
+                       and log.read_text().count(",vm-export,") == 1 + 2 * 6)
+        site.sim.clear_faults(slow)
+        result = finish(process)
+        assert result.status == 2, result
+        status = [line.split(",")[1:5] for line in site.status_log.read_text().splitlines()]
+        told.append(([re.sub("Ref:[0-9]+", "Ref", line) for line in result.lines
+                      if re.match("VmBackup( vm-export .* -| ended)", line)], status))
+        assert all(LINE.match(line) for line in result.out.splitlines()), result.out
+        site.assert_pool_is_clean()
+        site.status_log.unlink()
+    (serial, in_order), (parallel, status) = told
+    assert [words[2] for words in in_order] == ["begin"] + ["begin", "end"] * 7 + ["end"]
+    assert sorted(serial) == sorted(parallel) and sorted(status) == sorted(in_order)
+    assert [words[3] for words in status if words[2] == "end"][-2] == "SUCCESS vm0"
 
 
 def stopped_in_the_export_of(site, vm, *lines):

@@ -3,6 +3,7 @@
 gets in its place. The terminal is a pseudo terminal, and what it shows is worked out here."""
 import codecs
 import fcntl
+import io
 import os
 import pty
 import re
@@ -20,7 +21,10 @@ from support.harness import LINE, ROOT
 
 import vmbackup as program
 
-FIGURES = r"%s: 2 of about 4 MiB, \d+ MB/s, \d+:\d\d left"
+LABEL = r"\[\d+/\d+\] %s  "
+FAR = r"2\.0 MiB of about 4\.0 MiB \(50 %%\)  "
+FIGURES = LABEL + FAR + r"\d+(\.\d)? MB/s  [\dmins ]+ left"
+SHORT = LABEL + r"50 %%  \d+(\.\d)? MB/s  [\dmins ]+ left"
 TICKS = {"SILENCE": 0.1}  # the host is asked at each tick of the watch: so a test can count them
 DRIVER = """
 import sys, time
@@ -191,7 +195,7 @@ def gate(here, vm):
 def ticks(here, vm):
     """How often the watch has asked for the task of a VM's export."""
     mine = {ref for ref, task in here.sim.tasks().items()
-            if task["name_label"] == "vmbackup: " + vm}
+            if task["name_label"].endswith("] " + vm)}
     return sum(call["method"] == "task.get_record" and call["args"][1] in mine
                for call in here.sim.calls())
 
@@ -218,7 +222,7 @@ def assert_log(lines):
     """Each is one whole line of the log, nothing of a progress line in it."""
     for line in lines:
         assert LINE.match(line), line
-        assert " left" not in line and line.count(" - 20") == 0, line
+        assert " of about " not in line and line.count(" - 20") == 0, line
 
 
 # --- the password ---------------------------------------------------------------------------------
@@ -286,12 +290,16 @@ def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
     """Or what is typed at once would show, and be dropped as well."""
     master, slave = pty.openpty()
     told = []
-    monkeypatch.setattr(program, "write_text", lambda _, text: told.append(
-        (text, bool(termios.tcgetattr(master)[3] & termios.ECHO))))
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            told.append((text, bool(termios.tcgetattr(master)[3] & termios.ECHO)))
+
+    monkeypatch.setattr(program.sys, "stderr", Recorder())
     with open(slave, "rb", buffering=0) as stream, program.no_echo(stream):
         pass
     os.close(master)
-    assert told == [("Password: ", False), ("\n", True)]
+    assert [pair for pair in told if pair[0]] == [("Password: ", False), ("\n", True)]
 
 
 def test_ctrl_d_at_the_question(turn, terminal):
@@ -331,7 +339,7 @@ def test_progress_rewrites_itself_and_leaves_log_lines_whole(turn, terminal):
     here.configure("vm-export=web", "vm-export=db", "parallel=2")
     let_web, let_db = gate(here, "web"), gate(here, "db")
     term = terminal(here.sim.password, here.config)
-    both = "|".join(["%s  \\|  %s" % (FIGURES, FIGURES)] * 2) % ("web", "db", "db", "web")
+    both = "|".join(["%s  \\|  %s" % (SHORT, SHORT)] * 2) % ("web", "db", "db", "web")
     term.until(lambda: re.match("(%s)\\Z" % both, term.row))
     shown, rows = len(term.erased), len(term.rows)
     term.until(lambda: len(term.erased) >= shown + 2)
@@ -354,7 +362,7 @@ def test_progress_at_the_terminal_and_the_log_in_a_file(turn, terminal, tmp_path
     let_on = gate(here, "web")
     with (tmp_path / "log").open("wb") as log:
         term = terminal(here.sim.password, here.config, stdout=log)
-        term.until(lambda: "web: 2 of about 4 MiB" in term.row)
+        term.until(lambda: " web  2.0 MiB of about 4.0 MiB (50 %)" in term.row)
         let_on()
         assert term.end() == 2
     assert (term.rows, term.row) == ([], "")
@@ -364,35 +372,57 @@ def test_progress_at_the_terminal_and_the_log_in_a_file(turn, terminal, tmp_path
     assert "vm-export gone - ***ERROR***" in log
 
 
-@pytest.mark.parametrize("columns, in_a_file", [(40, False), (30, True)])
+@pytest.mark.parametrize("columns, in_a_file, shown", [
+    (80, False, SHORT + r"  \|  " + SHORT), (50, True, LABEL + r"50 %%  \|  " + LABEL + "50 %%"),
+    (24, False, r"%s 50 %%  \|  %s 50 %%"), (18, False, r"%s 50 %%  \|  \+1")])
 def test_progress_is_not_longer_than_the_terminal_is_wide(turn, terminal, tmp_path, columns,
-                                                          in_a_file):
+                                                          in_a_file, shown):
     """Whether standard output, of which Python would tell the width, is that terminal or not."""
     here = turn(two_vms())
     here.configure("vm-export=web", "vm-export=db", "parallel=2")
     lets = gate(here, "web"), gate(here, "db")
+    either = [shown % pair[:shown.count("%s")] for pair in (("web", "db"), ("db", "web"))]
     with (tmp_path / "log").open("wb") as log:
         term = terminal(here.sim.password, here.config, columns=columns,
                         stdout=log if in_a_file else None)
-        term.until(lambda: re.match("web: 2 of|db: 2 of", term.row))
+        term.until(lambda: any(re.match(one + r"\Z", term.row) for one in either))
         term.until(lambda: len(term.erased) >= 2)
-        assert max(map(len, term.erased)) == columns - 1, "the columns that there are are used"
+        assert max(map(len, term.erased)) < columns
         for let in lets:
             let()
         assert term.end() == 0
 
 
-def test_progress_in_a_wide_script_takes_two_columns_for_a_character(turn, terminal):
-    name = "会計サーバー"
+def test_many_exports_share_one_line_of_80_columns(turn, terminal):
+    """Each is told as far as there is room, and how many more there are."""
     pool = Pool()
-    pool.vm(name, disks=[disk(4 * MIB, seed=1)])
+    names = ["application-server-number-%d" % number for number in range(8)]
+    for name in names:
+        pool.vm(name, disks=[disk(4 * MIB, seed=name)])
     here = turn(pool)
-    here.configure("vm-export=" + name)
-    let_on = gate(here, name)
-    term = terminal(here.sim.password, here.config, columns=30)
-    term.until(lambda: term.row)
-    assert term.row.startswith(name + ": ")
-    assert len(term.row) == 29 - len(name), "each of its characters is two columns wide"
+    here.configure("vm-export=.*", "parallel=8")
+    lets = [gate(here, name) for name in names]
+    term = terminal(here.sim.password, here.config, columns=80)
+    shown = r"(\S+\u2026\S+ 50 %  \|  ){3,}\+\d\Z"
+    term.until(lambda: re.match(shown, term.row))
+    assert len(term.row) < 80
+    for let in lets:
+        let()
+    assert term.end() == 0
+
+
+def test_a_silent_host_and_a_snapshot_under_way_are_shown_as_such(turn, terminal, tmp_path):
+    here = turn(two_vms())
+    here.configure("vm-export=web")
+    set_clock(tmp_path, 0)
+    here.sim.fault("snapshot_slow", seconds=4)
+    let_on = gate(here, "web")
+    term = terminal(here.sim.password, here.config, jump=tmp_path / "jump")
+    term.until(lambda: re.match(LABEL % "web" + r"snapshot, \d s\Z", term.row))
+    term.until(lambda: re.match(FIGURES % "web" + r"\Z", term.row))
+    set_clock(tmp_path, 400)
+    silent = (LABEL + FAR + r"host silent for 6 min \d+ s\Z") % "web"
+    term.until(lambda: re.match(silent, term.row))
     let_on()
     assert term.end() == 0
 
@@ -402,11 +432,11 @@ def test_what_is_to_expect_follows_the_tasks_progress(turn, terminal):
     here.configure("vm-export=web")
     let_on = gate(here, "web")
     term = terminal(here.sim.password, here.config, constants=TICKS)
-    term.until(lambda: "web: 2 of about 4 MiB" in term.row)
+    term.until(lambda: " web  2.0 MiB of about 4.0 MiB (50 %)" in term.row)
     (task,) = [ref for ref, record in here.sim.tasks().items()
-               if record["name_label"] == "vmbackup: web"]
+               if record["name_label"] == "vmbackup: [1/1] web"]
     here.sim.set("task", task, "progress", 0.25)
-    term.until(lambda: "web: 2 of about 8 MiB" in term.row)
+    term.until(lambda: " web  2.0 MiB of about 8.0 MiB (25 %)" in term.row)
     let_on()
     assert term.end() == 0
 
@@ -417,7 +447,7 @@ def test_ctrl_c_in_an_export(turn, terminal):
     here.sim.setting(progress_interval=0.05)
     here.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
     term = terminal(here.sim.password, here.config)
-    term.until(lambda: "web: 1 of about 4 MiB" in term.row)
+    term.until(lambda: " web  1.0 MiB of about 4.0 MiB (25 %)" in term.row)
     term.type("\x03")
     here.sim.clear_faults()
     assert term.end() == 130
@@ -433,7 +463,7 @@ def test_the_terminal_is_closed_in_an_export(turn, terminal):
     here.sim.setting(progress_interval=0.05)
     here.sim.fault("export_silence", vm="web", after=MIB, seconds=3600)
     term = terminal(here.sim.password, here.config)
-    term.until(lambda: "web: 1 of about 4 MiB" in term.row)
+    term.until(lambda: " web  1.0 MiB of about 4.0 MiB (25 %)" in term.row)
     term.hang_up()
     here.sim.clear_faults()
     assert term.process.wait(60) == 128 + signal.SIGHUP
@@ -492,7 +522,7 @@ def test_neither_progress_nor_colour_where_none_is_wanted(turn, terminal, tmp_pa
             assert b"\x1b" not in text, vm
         assert b"\r" not in text.replace(b"\r\n", b""), vm
         # What is no terminal gets a plain line after some minutes, and a terminal never.
-        assert text.count(b" left\r\n") + text.count(b" left\n") == ("stderr" in written), vm
+        assert text.count(b" of about ") == ("stderr" in written), vm
 
 
 def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
@@ -501,7 +531,8 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
     let_on = gate(here, "web")
 
     def told():
-        return [line for line in (tmp_path / "log").read_text().splitlines() if " left" in line]
+        lines = (tmp_path / "log").read_text().splitlines()
+        return [line for line in lines if " of about " in line]
 
     set_clock(tmp_path, 0)
     log, err = (tmp_path / "log").open("wb"), (tmp_path / "err").open("wb")
@@ -527,7 +558,8 @@ def test_plain_progress_lines_in_a_log_every_few_minutes(turn, tmp_path):
     assert (tmp_path / "err").read_bytes() == b""
     assert len(told()) == 2
     for line in told():
-        assert re.match("progress " + FIGURES % "web", LINE.match(line).group(1)), line
+        told_of = LINE.match(line).group(1)
+        assert re.match("progress " + (LABEL + FAR) % "web" + "host silent for ", told_of), line
     assert b"\r" not in (tmp_path / "log").read_bytes()
     assert b"\x1b" not in (tmp_path / "log").read_bytes()
 
@@ -546,7 +578,8 @@ def test_errors_and_warnings_alone_are_coloured(turn, terminal, env):
     for row, runs in zip(term.rows, term.colours):
         assert len(runs) == 1, "a line of two colours: %s" % row
         colour = {"31": "ERROR", "33": "WARNING"}.get(runs[0][0], runs[0][0])
-        assert colour == ("ERROR" if "ERROR" in row else "WARNING" if "WARNING" in row else ""), row
+        bad, odd = re.search("ERROR|  FAILED ", row), re.search("WARNING|  warning ", row)
+        assert colour == ("ERROR" if bad else "WARNING" if odd else ""), row
         seen.add(colour)
     assert seen == {"ERROR", "WARNING", ""}
     assert not term._colour, "the terminal stays coloured"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a run leaves to read: the log, the status log, the exit status, report_json, in UTF-8."""
+import calendar
+import hashlib
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
 def three_vms():
     pool = Pool()
     for name in ("web", "db", "old"):
-        pool.vm(name, disks=[disk(MIB, seed=name)])
+        pool.vm(name, power_state="Running", disks=[disk(MIB, seed=name)])
     return pool
 
 
@@ -124,7 +127,7 @@ def test_how_runs_end(turn, prepare, lines, status, ending, texts, logged):
 
 def test_a_duplicate_name_fails_alone(turn):
     pool = three_vms()
-    pool.vm("web", disks=[disk(MIB)])
+    pool.vm("web", power_state="Running", disks=[disk(MIB)])
     here = turn(pool)
     here.configure("vm-export=.*")
     result = here.run()
@@ -156,12 +159,83 @@ def test_the_status_log_is_appended_to_and_monitors_may_read_it(turn):
     assert stat.S_IMODE(here.status_log.stat().st_mode) == 0o640
 
 
-def test_a_run_that_never_started_has_no_status_lines(turn):
+def test_a_run_that_never_started_says_so_in_the_status_log(turn):
     here = turn(three_vms())
     here.configure("vm-export=web")
-    result = vmbackup("wrong", here.config)
-    assert result.status == 3
-    assert not here.status_log.exists()
+    assert vmbackup("wrong", here.config).status == 3
+    begin, end = status_lines(here)
+    assert begin == "vmbackup.py,SERVER,begin"
+    assert end.startswith("vmbackup.py,SERVER,end,ERROR,")
+    assert "wrong user name or password" in end
+
+
+def table_of(result):
+    """The rows of the table before `VmBackup ended`, the heads first, the totals last."""
+    (end,) = [number for number, line in enumerate(result.lines)
+              if line.startswith("VmBackup ended - ")]
+    begin = max(number for number, line in enumerate(result.lines[:end])
+                if re.match("VM +result +size +time +rate +note$", line))
+    return result.lines[begin:end]
+
+
+def test_the_table_tells_what_failed_first(turn):
+    pool = three_vms()
+    pool.vm("app server", disks=[disk(MIB)])
+    here = turn(pool)
+    here.sim.fault("snapshot_error", vm="db")
+    here.sim.fault("vm_destroy_error", vm="old")
+    here.configure("vm-export=.*", "vm-export=gone", "pool_db_backup=1", "max_backups=1")
+    assert here.run("only=web").status == 0
+    result = here.run()
+    assert result.status == 2, result
+    rows = table_of(result)
+    assert max(map(len, rows)) <= 100
+    assert [re.match(r"(app server|pool database|\S+) +([a-zA-Z]*)", row).groups()
+            for row in rows[1:-1]] == [
+        ("db", "FAILED"), ("gone", "FAILED"), ("old", "warning"), ("app server", "ok"),
+        ("pool database", "ok"), ("web", "ok")]
+    (reason,) = [line.partition("***ERROR*** ")[2] for line in result.lines
+                 if " db - ***ERROR*** " in line]
+    note = re.sub("^db +FAILED +", "", rows[1])
+    assert note == reason or (note.endswith("\u2026") and reason.startswith(note[:-1]))
+    assert re.search(r"\d MiB +\d+ s +\d+(\.\d)? MB/s +deleted \d{4}-\d\d-\d\d", rows[-2])
+    assert re.match(r"total +\d+\.\d MiB +\d+ s +\d+(\.\d)? MB/s +\S+ GiB left; 2 failed: db,"
+                    r" gone\Z", rows[-1])
+
+
+def test_a_reason_of_any_length_and_a_long_name_keep_the_table_in_shape(turn):
+    """The reason is cut, the name never."""
+    name = "a name as long as some people make them, %s" % ("x" * 60)
+    pool = Pool()
+    pool.vm(name, disks=[disk(MIB)])
+    pool.vm("web", power_state="Running", disks=[disk(MIB)])
+    here = turn(pool)
+    here.sim.fault("snapshot_error", vm="web", error_info=["SR_BACKEND_FAILURE_44", "x" * 500])
+    here.configure("vm-export=web")
+    rows = table_of(here.run())
+    assert len(rows[1]) == 100 and rows[1].endswith("x\u2026")
+    here.configure("vm-export=.*")
+    rows = table_of(here.run())
+    assert rows[2].startswith(name + "  ok ")
+    assert max(map(len, rows)) < len(name) + 80
+
+
+def test_fifty_vms_of_which_three_failed(turn):
+    """What failed, and why, stands right below the heads, and all that is well behind it."""
+    pool = Pool()
+    for number in range(50):
+        pool.vm("vm%02d" % number, power_state="Running", disks=[disk(4096)])
+    here = turn(pool)
+    bad = ["vm07", "vm23", "vm41"]
+    for vm in bad:
+        here.sim.fault("snapshot_error", vm=vm)
+    here.configure("vm-export=.*", "parallel=4", "space_check=False")
+    rows = table_of(here.run())
+    assert [row.split()[:2] for row in rows[1:4]] == [[vm, "FAILED"] for vm in bad]
+    assert all("SR_BACKEND_FAILURE_44" in row for row in rows[1:4])
+    assert [row.split()[0] for row in rows[4:-1]] == sorted(
+        "vm%02d" % number for number in range(50) if "vm%02d" % number not in bad)
+    assert rows[-1].endswith("left; 3 failed: vm07, vm23, vm41")
 
 
 HOSTILE = ["two\nlines", "tab\t\x7f\x85", "a,b", "\u202egnp.exe", "-rf", "..", ".hidden", "A", "a",
@@ -243,29 +317,89 @@ def test_report_json(turn):
     here = turn(three_vms())
     here.sim.fault("snapshot_error", vm="db")
     report = here.path / "report.json"
-    report.write_text("the last one")
+    report.write_text('{"the last": 1}')
     inode = report.stat().st_ino
-    here.configure("vm-export=web", "vm-export=db", "exclude=nobody", "report_json=%s" % report)
+    here.configure("vm-export=web", "vm-export=db", "exclude=nobody", "pool_db_backup=1",
+                   "report_json=%s" % report)
+    begin = time.time()
     result = here.run()
+    end = time.time()
     assert result.status == 2, result
     told = json.loads(report.read_text(encoding="utf-8"))
     assert report.stat().st_ino != inode, "not replaced but written over"
-    assert (told["status"], told["exit_status"]) == ("ERROR", 2)
-    assert told["counts"] == {"success": 1, "warning": 0, "error": 1}
+    assert stat.S_IMODE(report.stat().st_mode) == 0o644
+    assert set(told) == {
+        "version", "server", "host", "pool", "start", "end", "seconds", "status", "exit_status",
+        "error", "counts", "bytes", "warnings", "not_in_backup", "pool_database", "vms"}
+    assert (told["status"], told["exit_status"], told["error"]) == ("ERROR", 2, None)
+    assert told["counts"] == {"success": 1, "warning": 0, "error": 1, "skipped": 0}
     assert (told["pool"], told["server"], told["version"]) == ("pool", SERVER, program.__version__)
+    assert told["host"] == here.sim.url[len("https://"):]
     assert told["warnings"] == ["***WARNING - vm(s) Exclude does not exist: nobody"]
+    assert told["not_in_backup"] == ["old"]
+    moments = [moment_of(told[key]) for key in ("start", "end")]
+    assert begin - 1 < moments[0] <= moments[1] < end + 1
+    assert abs(moments[1] - moments[0] - told["seconds"]) < 0.1
     web, db = sorted(told["vms"], key=lambda vm: vm["name"], reverse=True)
+    for item in (web, db, told["pool_database"]):
+        assert set(item) == {
+            "name", "uuid", "kind", "status", "folder", "file", "sha256", "bytes", "seconds",
+            "transfer_seconds", "mb_per_second", "attempts", "checks", "warnings", "error",
+            "pruned"}
     (folder,) = here.folders("web")
     assert (web["status"], web["error"], web["file"]) == ("SUCCESS", None, "web.xva")
+    assert (web["kind"], web["attempts"], web["pruned"]) == ("vm-export", 1, [])
     assert web["folder"] == str(folder)
-    assert web["bytes"] == (folder / "web.xva").stat().st_size
+    assert web["bytes"] == told["bytes"] == (folder / "web.xva").stat().st_size
+    assert web["sha256"] == hashlib.sha256((folder / "web.xva").read_bytes()).hexdigest()
     assert web["uuid"] == here.sim.record("VM", "web")["uuid"]
+    assert 0 < web["transfer_seconds"] <= web["seconds"] <= told["seconds"]
+    rate = web["bytes"] / 1e6 / web["transfer_seconds"]
+    assert abs(web["mb_per_second"] - rate) < 0.1 + rate / 50
     assert web["checks"]
     assert (db["status"], db["folder"], db["bytes"]) == ("ERROR", None, 0)
     assert db["error"] in [line.partition("***ERROR*** ")[2] for line in result.lines]
+    dump = told["pool_database"]
+    assert (dump["kind"], dump["status"]) == ("pool-db", "SUCCESS")
+    assert os.path.getsize(os.path.join(dump["folder"], dump["file"])) == dump["bytes"]
     assert here.sim.password not in report.read_text(encoding="utf-8")
     assert [item.name for item in here.path.iterdir() if item.name.startswith("report")] == [
         "report.json"]
+
+
+def moment_of(text):
+    """Seconds since 1970 of a time in ISO 8601 with its zone (3.6 has no fromisoformat)."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{6})?([+-])(\d\d):(\d\d)\Z", text)
+    base = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    zone = int(match.group(4)) * 3600 + int(match.group(5)) * 60
+    return base + float(match.group(2) or 0) - (zone if match.group(3) == "+" else -zone)
+
+
+def test_the_times_of_report_json_bear_their_zone(turn):
+    here = turn(three_vms())
+    here.configure("vm-export=web", "report_json=%s/report.json" % here.path)
+    begin = time.time()
+    assert here.run(env={"TZ": "Asia/Kolkata"}).status == 0
+    told = json.loads((here.path / "report.json").read_text(encoding="utf-8"))
+    assert told["start"].endswith("+05:30") and told["end"].endswith("+05:30")
+    assert begin - 1 < moment_of(told["start"]) < time.time()
+
+
+def test_a_path_that_is_no_utf8_comes_back_from_report_json(turn):
+    """The report is UTF-8 all the same; Python's json gives the path's bytes again."""
+    here = turn(three_vms())
+    top = os.fsencode(str(here.path)) + b"/Gr\xf6\xdfe"
+    os.mkdir(top)
+    report = here.path / "report.json"
+    words = [sys.executable, str(SCRIPT), here.sim.password, "web", "host=" + here.sim.url,
+             b"backup_dir=" + top, "report_json=%s" % report]
+    done = subprocess.run([os.fsencode(word) for word in words], stdout=subprocess.PIPE,
+                          env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0, done.stdout
+    (web,) = json.loads(report.read_bytes().decode("utf-8"))["vms"]
+    folder = web["folder"].encode("utf-8", "surrogateescape")
+    assert folder.startswith(top + b"/web/")
+    assert os.path.exists(os.path.join(folder, b"web.xva"))
 
 
 def test_report_json_of_a_run_that_did_not_start(turn):
@@ -319,36 +453,58 @@ def test_report_json_in_place_of_something_else_is_refused(turn, named, more):
         path.symlink_to(here.config)
     here.configure("vm-export=web", "report_json=%s" % path, "tls_ca=%s/ca.pem" % here.path,
                    "smtp_password_file=%s/pass" % here.path, more or "# nothing more")
-    before = {item: kind_and_bytes(item) for item in here.path.iterdir() if item != here.backups}
+    others = (here.backups, here.status_log)
+    before = {item: kind_and_bytes(item) for item in here.path.iterdir() if item not in others}
     result = here.run()
     assert result.status == 3, result
-    (line,) = [line for line in result.lines if "ERROR" in line]
-    assert more or "report_json=%s" % path in line
+    lines = [line for line in result.lines if "ERROR" in line]
+    assert more or "report_json=%s" % path in lines[0]
     assert {item: kind_and_bytes(item) for item in here.path.iterdir()
-            if item != here.backups} == before
+            if item not in others} == before
+    assert here.status_log.read_text().startswith("an older line\n")
     assert not here.sim.calls()
 
 
-def test_report_json_that_is_to_be_the_status_log_is_refused_before_there_is_one(turn):
+def test_one_file_cannot_be_report_json_and_status_log(turn):
     here = turn(three_vms())
     here.configure("vm-export=web", "report_json=%s" % here.status_log)
     result = here.run()
     assert result.status == 3, result
-    assert not here.status_log.exists()
+    assert result.has("=%s: " % here.status_log)
+    assert not here.sim.calls()
 
 
-def test_report_json_at_the_end_of_a_link(turn):
+def test_a_link_that_bears_the_name_of_report_json_is_replaced(turn):
+    """Or whoever may write there would lead root to any file."""
     here = turn(three_vms())
     (here.path / "share").mkdir()
-    link, target = here.path / "report.json", here.path / "share" / "vmbackup.json"
-    link.symlink_to("share/vmbackup.json")
-    here.configure("vm-export=web", "report_json=%s" % link)
-    for _ in range(2):  # one that is not there yet, and one that is
+    link, target = here.path / "report.json", here.path / "share" / "precious.json"
+    for content in (None, '{"precious": 1}'):
+        if content:
+            target.write_text(content)
+        link.symlink_to("share/precious.json")
+        here.configure("vm-export=web", "report_json=%s" % link)
         assert here.run().status == 0
-        assert os.readlink(str(link)) == "share/vmbackup.json"
-        assert json.loads(target.read_text(encoding="utf-8"))["status"] == "SUCCESS"
-        assert os.listdir(str(target.parent)) == ["vmbackup.json"]
-        target.write_text("the last one")
+        assert not link.is_symlink()
+        assert json.loads(link.read_text(encoding="utf-8"))["status"] == "SUCCESS"
+        assert (target.read_text() if content else target.exists()) == (content or False)
+        link.unlink()
+
+
+@pytest.mark.parametrize("key, name, content", [
+    ("report_json", "notes", "what I wrote"), ("report_json", "list.json", "[1]"),
+    ("metrics_file", "node.prom", "# HELP other_metric x\n# TYPE other_metric gauge\n"
+                                  "other_metric 1\n"),
+    ("metrics_file", "notes.prom", "what I wrote")])
+def test_a_file_that_is_no_report_is_not_replaced(turn, key, name, content):
+    here = turn(three_vms())
+    (here.path / name).write_text(content)
+    here.configure("vm-export=web", "%s=%s/%s" % (key, here.path, name))
+    result = here.run()
+    assert result.status == 3, result
+    assert result.has("%s=%s/%s" % (key, here.path, name))
+    assert (here.path / name).read_text() == content
+    assert not here.sim.calls()
 
 
 def test_one_vm_at_a_time_has_its_begin_and_end_side_by_side(turn):

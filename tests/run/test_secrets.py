@@ -167,15 +167,3 @@ def test_modes_are_those_of_creation(turn):
     subprocess.run([sys.executable, "-c", code % str(ROOT), PASSWORD, str(site.config)], check=True,
                    stdout=subprocess.DEVNULL)
     assert_private(site)
-
-
-def test_an_export_is_not_followed_to_where_nobody_vouches_for(turn):
-    """A redirect in clear text to another address, with the session in it."""
-    site = site_of(turn)
-    site.configure("vm-export=web")
-    site.sim.fault("export_302", location="http://192.0.2.1/export?session_id=x")
-    result = site.run()
-    assert result.status == 2, result
-    assert result.has("VmBackup vm-export web - ***ERROR*** ")
-    assert not site.folders("web", marked=False)
-    site.assert_pool_is_clean()

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""vdi-export and the pool database, where the main tests of both leave off."""
+"""vdi-export: the first disk of a VM, raw or vhd, and what is beside it."""
 import shutil
 import subprocess
 
 import pytest
 from simulator.pool import MIB, Pool, cd, disk
+from support.harness import vmbackup
 
 RAW = "/export_raw_vdi"
 
 
-def pool_of(*disks, hosts=1, **fields):
-    pool = Pool(hosts=hosts)
-    pool.vm("web", disks=disks, **fields)
+def disks_of_a_vm(*disks, name="web", **fields):
+    pool = Pool()
+    pool.vm(name, disks=disks, **fields)
     pool.vm("db", disks=[disk(MIB, seed=9)])
     return pool
 
@@ -26,7 +27,7 @@ def pool_of(*disks, hosts=1, **fields):
     ([disk(MIB, "a", device="xvdc", userdevice="2")], None),
 ])
 def test_the_first_disk_is_exported(turn, disks, chosen):
-    here = turn(pool_of(*disks, cds=[cd("x.iso", userdevice="9", device="xvdz")]))
+    here = turn(disks_of_a_vm(*disks, cds=[cd("x.iso", userdevice="9", device="xvdz")]))
     here.configure("vdi-export=web")
     result = here.run()
     if chosen is None:
@@ -42,10 +43,22 @@ def test_the_first_disk_is_exported(turn, disks, chosen):
     here.assert_pool_is_clean()
 
 
+def test_the_snapshot_is_called_by_vm_and_disk_and_the_disk_verifies(turn):
+    here = turn(disks_of_a_vm(disk(MIB, "root", seed=1), name="web one"))
+    here.configure("vdi-export=web one")
+    result = here.run()
+    assert result.status == 0, result
+    assert result.has("VmBackup vdi-export web one - ***Success*** t:0")
+    assert [call["args"][2] for call in here.sim.calls()
+            if call["method"] == "VDI.set_name_label"] == ["SNAP_web-one_root"]
+    assert vmbackup("verify", here.config).status == 0
+    here.assert_pool_is_clean()
+
+
 @pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img here")
 @pytest.mark.parametrize("size, sparse", [(5 * MIB, None), (9 * MIB + 512, [0, 8]), (4 * MIB, [])])
 def test_qemu_img_finds_the_vhd_sound_and_equal_to_the_disk(turn, size, sparse):
-    here = turn(pool_of(disk(size, seed=3, sparse=sparse)))
+    here = turn(disks_of_a_vm(disk(size, seed=3, sparse=sparse)))
     here.configure("vdi-export=web", "vdi_export_format=vhd")
     assert here.run().status == 0
     source = here.path / "source"
@@ -59,7 +72,7 @@ def test_qemu_img_finds_the_vhd_sound_and_equal_to_the_disk(turn, size, sparse):
 
 @pytest.mark.parametrize("form", ["raw", "vhd"])
 def test_an_error_page_in_place_of_the_disk_leaves_the_older_backup(turn, form):
-    here = turn(pool_of(disk(3 * MIB, seed=1)))
+    here = turn(disks_of_a_vm(disk(3 * MIB, seed=1)))
     here.configure("vdi-export=web", "vdi_export_format=" + form, "max_backups=1")
     assert here.run().status == 0
     (good,) = here.folders("web")
@@ -72,7 +85,7 @@ def test_an_error_page_in_place_of_the_disk_leaves_the_older_backup(turn, form):
 
 
 def test_backups_of_the_vm_and_of_its_disk_are_one_series(turn):
-    here = turn(pool_of(disk(2 * MIB, seed=1)))
+    here = turn(disks_of_a_vm(disk(2 * MIB, seed=1)))
     suffixes = []
     for line in ("vm-export=web:2", "vdi-export=web:2", "vm-export=web:2"):
         here.configure(line)
@@ -80,25 +93,3 @@ def test_backups_of_the_vm_and_of_its_disk_are_one_series(turn):
     for folder in here.folders("web", marked=False):
         suffixes += [path.suffix for path in folder.glob("web.*")]
     assert suffixes == [".raw", ".xva"]
-
-
-def dumps(here):
-    return sorted(path for path in here.backups.glob("METADATA_*/*"))
-
-
-@pytest.mark.parametrize("fault, options", [
-    ("export_cut", {"after": -5, "task": "success"}), ("export_cut", {"after": 0}),
-    ("export_fail", {"after": 200}), ("export_fail_after_whole", {"text": True}),
-    ("export_fail_after_whole", {})])
-def test_a_bad_dump_is_an_error_and_the_vms_are_backed_up(turn, fault, options):
-    here = turn(pool_of(disk(MIB, seed=1)))
-    here.configure("vm-export=.*", "pool_db_backup=1", "max_backups=1")
-    assert here.run().status == 0
-    (good,) = dumps(here)
-    assert good.stat().st_mode & 0o777 == 0o600
-    here.sim.fault(fault, path="/pool/xmldbdump", **options)
-    result = here.run()
-    assert result.status == 2, result
-    assert result.lines[-1] == "VmBackup ended - **ERRORS DETECTED** - S:2 W:0 E:1"
-    assert dumps(here) == [good]
-    here.assert_pool_is_clean()

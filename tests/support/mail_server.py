@@ -13,16 +13,17 @@ class MailServer:
     """Keeps what it gets: `mails` (messages), `envelopes`, `tries` (deliveries tried).
 
     tls: the folder for a self-signed certificate; then STARTTLS is offered, and needed before a
-    login. login: the only (user, password) that it takes mail from. refuse: how many deliveries
-    get a temporary failure.
+    login; `certificate` is its path. login: the only (user, password) that it takes mail from.
+    refuse: how many deliveries get a temporary failure. unknown: an address that it has not.
     """
 
-    def __init__(self, tls=None, login=None, refuse=0):
+    def __init__(self, tls=None, login=None, refuse=0, unknown=None):
         self.mails, self.envelopes, self.tries, self.encrypted = [], [], 0, []
-        self._login, self._refuse, self._options = login, refuse, {}
+        self._login, self._refuse, self._unknown, self._options = login, refuse, unknown, {}
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*certificates.make(str(tls), "mail", "127.0.0.1"))
+            self.certificate, key = certificates.make(str(tls), "mail", "127.0.0.1")
+            context.load_cert_chain(self.certificate, key)
             self._options.update(tls_context=context, require_starttls=True)
         if login:
             self._options.update(authenticator=self._authenticate, auth_required=True,
@@ -41,6 +42,12 @@ class MailServer:
     def _authenticate(self, _server, _session, _envelope, _mechanism, data):
         given = (data.login.decode(), data.password.decode())
         return AuthResult(success=given == self._login, handled=False)
+
+    async def handle_RCPT(self, _server, _session, envelope, address, _options):
+        if address == self._unknown:
+            return "550 no such user here"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
 
     async def handle_DATA(self, _server, session, envelope):
         self.tries += 1

@@ -2,9 +2,10 @@
 """A library for LD_PRELOAD that lets the disk fail, the process die at any step, or clocks jump.
 
 Environment variables tell what happens; all calls that change something in the tree are counted
-(what is made, opened for writing, renamed, flushed, deleted), from 1 on, a write to a file once:
+(what is made, opened for writing, renamed, flushed, deleted), from 1 on, a write to a file once,
+whether they name it by its path or by a descriptor of its folder, and by the same word:
 
-    SHIM_TREE    the folder: nothing outside of it is concerned
+    SHIM_TREE    the folder, a path without links: nothing outside of it is concerned
     SHIM_KILL    the number of the call before which the process gets SIGKILL
     SHIM_FAIL    the number of the call that fails instead, with the error number SHIM_ERRNO
     SHIM_CALL    "flock", "fsync", "write": all calls of that name fail with SHIM_ERRNO
@@ -12,7 +13,8 @@ Environment variables tell what happens; all calls that change something in the 
 
     SHIM_TIME    the time at which the process begins, in seconds since 1970
     SHIM_STANDS  it stays this second all the time
-    SHIM_JUMP    a file with the number of seconds that all clocks are ahead, now or later
+    SHIM_JUMP    a file with the number of seconds that all clocks are ahead, now or later; a wait
+                 for a socket or lock ends when the clock jumps to its end
 """
 import shutil
 import subprocess
@@ -24,12 +26,15 @@ SOURCE = r"""
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -38,25 +43,36 @@ SOURCE = r"""
 static int steps;
 static __thread char concerned_path[4096];
 
+/* Whether a path, which is kept for the log, is the tree or below it. */
 static int inside(const char *path)
 {
     const char *tree = getenv("SHIM_TREE");
-    snprintf(concerned_path, sizeof concerned_path, "%s", path ? path : "");
-    return tree && path && !strncmp(path, tree, strlen(tree));
+    size_t length = tree ? strlen(tree) : 0;
+    if (path != concerned_path)
+        snprintf(concerned_path, sizeof concerned_path, "%s", path ? path : "");
+    return length && !strncmp(concerned_path, tree, length)
+           && (!concerned_path[length] || concerned_path[length] == '/');
 }
 
+/* The same for an open file or folder, by the name that it has now. */
 static int inside_fd(int fd)
 {
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    path[length > 0 ? length : 0] = 0;
-    return inside(path);
+    char link[64];
+    snprintf(link, sizeof link, fd == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, concerned_path, sizeof concerned_path - 1);
+    concerned_path[length > 0 ? length : 0] = 0;
+    return inside(concerned_path);
 }
 
-static int at(int fd, const char *path)
+/* The same for a name in an open folder. */
+static int at(int fd, const char *name)
 {
-    return path[0] == '/' || fd == AT_FDCWD ? inside(path) : inside_fd(fd);
+    if (name[0] == '/')
+        return inside(name);
+    inside_fd(fd);
+    size_t length = strlen(concerned_path);
+    snprintf(concerned_path + length, sizeof concerned_path - length, "/%s", name);
+    return inside(concerned_path);
 }
 
 static int number(const char *name)
@@ -84,20 +100,22 @@ static int step(const char *call, int concerned, int counted)
     return 1;
 }
 
-#define OPEN(name)                                                                     \
-    int name(const char *path, int flags, ...)                                         \
+#define OPEN(call, parameters, arguments, concerned)                                   \
+    int call parameters                                                                \
     {                                                                                  \
         va_list list;                                                                  \
         va_start(list, flags);                                                         \
         mode_t mode = va_arg(list, mode_t);                                            \
         va_end(list);                                                                  \
-        REAL(name);                                                                    \
-        if (flags & O_ACCMODE && step("open", inside(path), 1))                        \
+        REAL(call);                                                                    \
+        if (flags & O_ACCMODE && step("open", concerned, 1))                           \
             return -1;                                                                 \
-        return real(path, flags, mode);                                                \
+        return real arguments;                                                         \
     }
-OPEN(open)
-OPEN(open64)
+OPEN(open, (const char *path, int flags, ...), (path, flags, mode), at(AT_FDCWD, path))
+OPEN(open64, (const char *path, int flags, ...), (path, flags, mode), at(AT_FDCWD, path))
+OPEN(openat, (int fd, const char *path, int flags, ...), (fd, path, flags, mode), at(fd, path))
+OPEN(openat64, (int fd, const char *path, int flags, ...), (fd, path, flags, mode), at(fd, path))
 
 ssize_t write(int fd, const void *data, size_t size)
 {
@@ -112,19 +130,27 @@ ssize_t write(int fd, const void *data, size_t size)
     return real(fd, data, size);
 }
 
-#define SIMPLE(call, parameters, arguments, concerned)                                 \
+#define SIMPLE(told, call, parameters, arguments, concerned)                           \
     int call parameters                                                                \
     {                                                                                  \
         REAL(call);                                                                    \
-        return step(#call, concerned, 1) ? -1 : real arguments;                        \
+        return step(told, concerned, 1) ? -1 : real arguments;                         \
     }
-SIMPLE(mkdir, (const char *path, mode_t mode), (path, mode), inside(path))
-SIMPLE(rename, (const char *from, const char *to), (from, to), inside(to))
-SIMPLE(unlink, (const char *path), (path), inside(path))
-SIMPLE(unlinkat, (int fd, const char *path, int flags), (fd, path, flags), at(fd, path))
-SIMPLE(rmdir, (const char *path), (path), inside(path))
-SIMPLE(fsync, (int fd), (fd), inside_fd(fd))
-SIMPLE(flock, (int fd, int operation), (fd, operation), inside_fd(fd))
+SIMPLE("mkdir", mkdir, (const char *path, mode_t mode), (path, mode), at(AT_FDCWD, path))
+SIMPLE("mkdir", mkdirat, (int fd, const char *path, mode_t mode), (fd, path, mode), at(fd, path))
+SIMPLE("rename", rename, (const char *from, const char *to), (from, to), at(AT_FDCWD, to))
+SIMPLE("rename", renameat, (int old, const char *from, int new, const char *to),
+       (old, from, new, to), at(new, to))
+SIMPLE("link", link, (const char *from, const char *to), (from, to), at(AT_FDCWD, to))
+SIMPLE("link", linkat, (int old, const char *from, int new, const char *to, int flags),
+       (old, from, new, to, flags), at(new, to))
+SIMPLE("unlink", unlink, (const char *path), (path), at(AT_FDCWD, path))
+SIMPLE(flags & AT_REMOVEDIR ? "rmdir" : "unlink", unlinkat,
+       (int fd, const char *path, int flags), (fd, path, flags), at(fd, path))
+SIMPLE("rmdir", rmdir, (const char *path), (path), at(AT_FDCWD, path))
+SIMPLE("fsync", fsync, (int fd), (fd), inside_fd(fd))
+SIMPLE("fsync", fdatasync, (int fd), (fd), inside_fd(fd))
+SIMPLE("flock", flock, (int fd, int operation), (fd, operation), inside_fd(fd))
 
 static int jump(clockid_t clock)
 {
@@ -162,6 +188,79 @@ int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, st
         real_until.tv_sec -= jump(clock);
     return real(clock, flags, &real_until, rest);
 }
+
+#define SLICE 50  /* milliseconds: so soon a wait notices that the clock jumped */
+
+int poll(struct pollfd *files, nfds_t count, int timeout)
+{
+    REAL(poll);
+    if (!getenv("SHIM_JUMP") || timeout <= 0)
+        return real(files, count, timeout);
+    int began = jump(CLOCK_MONOTONIC), ready = 0;
+    long left = timeout;
+    while (!ready && left > 0) {
+        ready = real(files, count, left < SLICE ? left : SLICE);
+        left -= SLICE;
+        if ((jump(CLOCK_MONOTONIC) - began) * 1000L >= left)
+            left = 0;
+    }
+    return ready;
+}
+
+/* A wait of so many milliseconds, in slices. `wait` is sem_clockwait or sem_timedwait. */
+static int wait_for(sem_t *semaphore, clockid_t clock, long left,
+                    int (*wait)(sem_t *, clockid_t, const struct timespec *))
+{
+    __typeof__(&clock_gettime) real_time
+        = (__typeof__(&clock_gettime))dlsym(RTLD_NEXT, "clock_gettime");
+    int began = jump(CLOCK_MONOTONIC);
+    for (;;) {
+        long passed = (jump(CLOCK_MONOTONIC) - began) * 1000L;
+        int last = left - passed <= SLICE || !getenv("SHIM_JUMP");
+        long slice = left < passed ? 0 : last ? left - passed : SLICE;
+        struct timespec end;
+        real_time(clock, &end);
+        end.tv_sec += slice / 1000;
+        end.tv_nsec += slice % 1000 * 1000000;
+        if (end.tv_nsec >= 1000000000) {
+            end.tv_sec++;
+            end.tv_nsec -= 1000000000;
+        }
+        int result = wait(semaphore, clock, &end);
+        if (!result || errno != ETIMEDOUT || last)
+            return result;
+        left -= slice;
+    }
+}
+
+static long until_then(const struct timespec *then, struct timespec now)
+{
+    return (then->tv_sec - now.tv_sec) * 1000L + (then->tv_nsec - now.tv_nsec) / 1000000 + 1;
+}
+
+/* Python's locks wait by one of these: by the clock above, or before 3.11 by gettimeofday. */
+int sem_clockwait(sem_t *semaphore, clockid_t clock, const struct timespec *until)
+{
+    REAL(sem_clockwait);
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return wait_for(semaphore, clock, until_then(until, now), real);
+}
+
+static int timed(sem_t *semaphore, clockid_t clock, const struct timespec *until)
+{
+    int (*real)(sem_t *, const struct timespec *)
+        = (int (*)(sem_t *, const struct timespec *))dlsym(RTLD_NEXT, "sem_timedwait");
+    return clock == CLOCK_REALTIME ? real(semaphore, until) : -1;
+}
+
+int sem_timedwait(sem_t *semaphore, const struct timespec *until)
+{
+    struct timeval now;
+    gettimeofday(&now, NULL);
+    struct timespec then = {now.tv_sec, now.tv_usec * 1000};
+    return wait_for(semaphore, CLOCK_REALTIME, until_then(until, then), timed);
+}
 """
 
 
@@ -173,6 +272,6 @@ def shim(tmp_path_factory):
         pytest.skip("no C compiler to build the library with that lets the disk fail")
     folder = tmp_path_factory.mktemp("shim")
     (folder / "shim.c").write_text(SOURCE)
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", "shim.so", "shim.c", "-ldl"],
-                   cwd=str(folder), check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", "shim.so", "shim.c", "-ldl",
+                    "-lpthread"], cwd=str(folder), check=True)
     return folder / "shim.so"

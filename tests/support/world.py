@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What many tests need of pools, hosts and backups: each helper once.
 
-The fixture small_disk comes to the tests through conftest.py.
+The fixtures clock, refused and small_disk come to the tests through conftest.py.
 """
 import hashlib
 import io
@@ -15,8 +15,10 @@ import pytest
 import XenAPI
 from simulator.pool import MIB, Pool, disk, snapshot, vif
 
+from support.harness import vmbackup
 from support.tally import Ledger, is_good, tree
 
+SERVER = socket.gethostname().split(".")[0]  # as status log and reports call this machine
 WRONG = "00" * 32  # the fingerprint of no certificate
 IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_PAUSES": (0, 0.1), "DETACH_PAUSES": (0.1, 0.2)}
 
@@ -29,11 +31,61 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
+def set_clock(path, seconds):
+    """Puts the clocks of the runs that read this file (see shim.py) ahead of the real one."""
+    (path.parent / "new").write_text(str(seconds))
+    os.rename(str(path.parent / "new"), str(path))
+
+
+class Clock:
+    """The clock of a run that is started with `env`; nothing but the test moves it on."""
+
+    def __init__(self, shim, path):
+        self.path, self.ahead = path, 0
+        self.env = {"LD_PRELOAD": str(shim), "SHIM_JUMP": str(path)}
+        set_clock(path, 0)
+
+    def go_on(self, seconds=60):
+        self.ahead += seconds
+        set_clock(self.path, self.ahead)
+
+    def go_on_until(self, condition, seconds=60, calls=None):
+        """Moves it on step by step until something happens; with calls(), their number so far, each
+        step waits for another one."""
+        while not condition():
+            before = calls() if calls else 0
+            self.go_on(seconds)
+            if calls:
+                wait_until(lambda before=before: condition() or calls() > before)
+            else:
+                time.sleep(0.1)
+
+
+@pytest.fixture
+def clock(shim, tmp_path):
+    return Clock(shim, tmp_path / "jump")
+
+
 def refused_port():
     """A port of this machine where nobody listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def one_vm(size=2 * MIB, hosts=1):
+    """A pool with the one halted VM web."""
+    pool = Pool(hosts=hosts)
+    pool.vm("web", disks=[disk(size, seed=1)])
+    return pool
+
+
+def pool_of(*names, size=MIB, **fields):
+    """A pool of VMs with one disk each, xvda, which has the VM's name and bytes of its own."""
+    pool = Pool()
+    for name in names:
+        pool.vm(name, disks=[disk(size, name, seed=name, device="xvda")], **fields)
+    return pool
 
 
 def numbered_vms(count):
@@ -144,6 +196,14 @@ def source_hashes(sim, name):
     return sorted(sim.disk_sha256(sim.records("VDI")[vdi]["uuid"]) for vdi in vdis)
 
 
+def cfg(path):
+    """The pairs of a .cfg file of a backup, read as the contract says."""
+    text = path.read_bytes().decode("utf-8")
+    pairs = dict(line.split("=", 1) for line in text.split("\n")[:-1])
+    return {key: value.replace("\\\\", "\0").replace("\\n", "\n").replace("\\r", "\r")
+            .replace("\0", "\\") for key, value in pairs.items()}
+
+
 def everything_below(top):
     """Everything below a folder: kind, mode, owner, size, times of change, content."""
     found = {}
@@ -158,6 +218,20 @@ def everything_below(top):
             found[path] = (info.st_mode, info.st_uid, info.st_ino, info.st_size,
                            info.st_mtime_ns, info.st_ctime_ns, content)
     return found
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(words...): the one line of a run that ends with status 3 and did nothing."""
+    def run(*words, **options):
+        before = sorted(tmp_path.rglob("*"))
+        result = vmbackup(*words, cwd=tmp_path, **options)
+        assert result.status == 3, result
+        assert result.err == ""
+        assert len(result.lines) == 1, result
+        assert sorted(tmp_path.rglob("*")) == before
+        return result.lines[0]
+    return run
 
 
 @pytest.fixture

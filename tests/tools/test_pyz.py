@@ -97,7 +97,6 @@ def one_vm(hosts=1):
 
 # --- building ------------------------------------------------------------------------------------
 
-
 def test_the_same_sources_make_the_same_file(pyz, checkout):
     """In another folder, at another time, with other settings, and by another Python if there is
     one: the newest, or for the newest the oldest."""
@@ -160,7 +159,6 @@ def test_it_carries_whole_wheels_and_their_licences(pyz):
 
 
 # --- running -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("word", ["version", "help"])
 def test_it_answers_as_vmbackup_py_does(pyz, word):
