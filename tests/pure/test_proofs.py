@@ -202,13 +202,13 @@ def replaced(old, new):
 LAUGHS = b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><value>&b;</value>'
 DAMAGE = {
     "nothing": (lambda m: b"", "cut off at the very beginning"),
-    "an error page alone": (lambda m: ERROR_PAGE + bytes(512), "error page"),
-    "an error page behind": (lambda m: join(m) + ERROR_PAGE, "error page: VDI_IO_ERROR"),
+    "an error page alone": (lambda m: ERROR_PAGE + bytes(512), "tar header"),
+    "an error page behind": (lambda m: join(m) + ERROR_PAGE, "data after the end"),
     "an error page in place of the end": (
-        lambda m: join(m[:-1]) + ERROR_PAGE + bytes(512), "error page: VDI_IO_ERROR"),
-    "an error page between chunks": (lambda m: join(m[:5]) + ERROR_PAGE + bytes(512), "error page"),
+        lambda m: join(m[:-1]) + ERROR_PAGE + bytes(512), "tar header"),
+    "an error page between chunks": (lambda m: join(m[:5]) + ERROR_PAGE + bytes(512), "tar header"),
     "an error page within a chunk": (
-        lambda m: join(m[:3]) + m[3][1][:9999] + ERROR_PAGE, "error page: VDI_IO_ERROR"),
+        lambda m: join(m[:3]) + m[3][1][:9999] + ERROR_PAGE, "cut off at"),
     "text behind": (lambda m: join(m) + b"x", "data after the end"),
     "text far behind": (lambda m: join(m) + bytes(MIB) + b"x", "data after the end"),
     "two archives joined": (lambda m: join(m) * 2, "data after the end"),
@@ -387,9 +387,9 @@ def test_zstd_is_gone_when_nobody_reads_on(count, nothing_left):
 def test_zstd_is_gone_when_the_pieces_end_in_an_error(nothing_left):
     def broken():
         yield from pieces_of(zstd(os.urandom(4 * MIB))[:3 * MIB])
-        raise BrokenPipeError("the stream broke")
+        raise ConnectionResetError("the stream broke")
 
-    with pytest.raises(BrokenPipeError, match="the stream broke"):
+    with pytest.raises(ConnectionResetError, match="the stream broke"):
         list(vmbackup.unzstd(broken()))
 
 
@@ -441,11 +441,7 @@ def test_xxh64_is_had_from_the_package_or_the_library_or_not_at_all(source_of_xx
         xxh64 = vmbackup.find_xxh64()    # vectors of the reference implementation
         for data, told in ((b"", "EF46DB3751D8E999"), (b"abc", "44BC2CF5AD770999"),
                            (bytes(MIB), "87D2A1B6E1163EF1")):
-            for view in (memoryview(data), memoryview(bytearray(data))):
-                mine = xxh64()
-                mine.update(view[:70000])
-                mine.update(view[70000:])
-                assert mine.hexdigest().upper() == told
+            assert xxh64(bytearray(data)).upper() == told
 
 
 def test_sha1_needs_no_library(monkeypatch):
@@ -458,8 +454,8 @@ def test_sha1_needs_no_library(monkeypatch):
 
 @pytest.mark.parametrize("data, why", [
     (b"", "0 of 5000 bytes"), (bytes(4999), "4999 of 5000"), (b"x" * 5001, "more than"),
-    (bytes(5000) + ERROR_PAGE, "error page: VDI_IO"), (ERROR_PAGE, "error page: VDI_IO_ERROR"),
-    (bytes(4000) + ERROR_PAGE, "error page: VDI_IO"),
+    (bytes(5000) + ERROR_PAGE, "more than"), (ERROR_PAGE, "%d of 5000" % len(ERROR_PAGE)),
+    (bytes(4000) + ERROR_PAGE, "of 5000 bytes"),
 ])
 def test_a_raw_disk_has_its_size_or_is_refused(data, why):
     refused(raw(5000), data, why)
@@ -511,15 +507,15 @@ VHD_DAMAGE = {
     "a footer's size": (lambda d: flipped(d, 48), "no VHD footer"),
     "the header": (lambda d: flipped(d, 512 + 1023), "header"),
     "a block behind the end": (lambda d: flipped(d, TABLE + 2, 6), "table"),
-    "a block in the header": (lambda d: d[:TABLE] + bytes(4) + d[TABLE + 4:], "overlap"),
-    "a block twice": (lambda d: d[:TABLE] + d[TABLE:TABLE + 4] * 3 + d[TABLE + 12:], "overlap"),
+    "a block in the header": (lambda d: d[:TABLE] + bytes(4) + d[TABLE + 4:], "table"),
+    "a block twice": (lambda d: d[:TABLE] + d[TABLE:TABLE + 4] * 3 + d[TABLE + 12:], "table"),
     "the last block left out": (lambda d: d[:TABLE + 8] + b"\xff" * 4 + d[TABLE + 12:], "table"),
     "the last footer": (lambda d: flipped(d, -1), "no footer at|cut off|last footer"),
     "the last footer's missing": (lambda d: d[:-512], "no footer at|cut off|last footer"),
     "text behind": (lambda d: d + b"x", "no footer at|cut off|last footer"),
-    "an error page behind": (lambda d: d + ERROR_PAGE, "error page: VDI_IO_ERROR"),
-    "an error page alone": (lambda d: ERROR_PAGE + bytes(512), "error page"),
-    "an error page in place of the end": (lambda d: d[:-512] + ERROR_PAGE, "error page"),
+    "an error page behind": (lambda d: d + ERROR_PAGE, "after the VHD's last"),
+    "an error page alone": (lambda d: ERROR_PAGE + bytes(512), "no VHD footer"),
+    "an error page in place of the end": (lambda d: d[:-512] + ERROR_PAGE, "cut off"),
     "two joined": (lambda d: d + d, "after the VHD's last"),
     "blocks cut out": (lambda d: d[:-MIB] + d[-512:], "cut off"),
     "blocks put in": (lambda d: d[:-512] + bytes(MIB) + d[-512:], "table"),
@@ -599,7 +595,7 @@ def test_a_vhd_with_more_blocks_than_its_disk_is_refused():
     struct.pack_into(">I", data, 512 + 36, ~sum(data[512:TABLE]) & 0xFFFFFFFF)
     assert check(vhd_of(5 * MIB), bytes(data))
     struct.pack_into(">I", data, TABLE + 4 * 100, 5000)
-    refused(vhd_of(5 * MIB), bytes(data), "behind the end of the disk")
+    refused(vhd_of(5 * MIB), bytes(data), "table is damaged")
 
 
 # --- what XAPI itself writes ----------------------------------------------------------------------
@@ -623,10 +619,7 @@ def test_a_small_vhd_whose_only_chunk_comes_twice(size):
     refused(vmbackup.prove_xva, doubled(one, count=3), "out of order")
     behind = archive(disk(size), disk(2 * MIB, seed=2))
     assert check(vmbackup.prove_xva, behind)
-    refused(vmbackup.prove_xva, doubled(behind), "comes twice before another disk")
-    members = split(doubled(one))
-    other = split(archive(disk(size, seed=77)))
-    refused(vmbackup.prove_xva, join(members[:3] + other[1:3] + members[5:]), "differs")
+    refused(vmbackup.prove_xva, doubled(behind), "only chunk twice.*enlarge the disk")
 
 
 def keep_length(seen, ref, offset, view):
@@ -751,8 +744,8 @@ def test_a_dump_and_what_its_tables_tell():
 
 
 @pytest.mark.parametrize("data, why", [
-    (b"", "damaged"), (a_dump()[:-1], "does not end in </database>"), (a_dump() + b"x", "damaged"),
-    (a_dump() + ERROR_PAGE, "error page: VDI_IO_ERROR"), (ERROR_PAGE, "error page"),
+    (b"", "damaged"), (a_dump()[:-1], "lacks </database>"), (a_dump() + b"x", "damaged"),
+    (a_dump() + ERROR_PAGE, "damaged"), (ERROR_PAGE, "damaged"),
     (a_dump(rows=0), "lists no VM"), (a_dump(("VDI", "host")), "lists no VM"),
     (b"<!DOCTYPE x [<!ENTITY a 'b'>]><database>&a;</database>", "not XAPI's"),
     (b"<a>" * 100, "not XAPI's"), (a_dump()[:300] + a_dump()[345:], "damaged"),
@@ -844,6 +837,23 @@ def test_a_consumer_that_dies_ends_all(after, nothing_left):
         vmbackup.fan_out(vmbackup.ring(filled(10 ** 6, 100)), list_of_sizes, dies, slowly)
 
 
+def test_a_consumer_that_dies_ends_the_wait_for_the_next_piece(nothing_left):
+    """The host may be silent for an hour: the stream is shut, and the consumer's error counts."""
+    shut = threading.Event()
+
+    def source():
+        yield memoryview(b"x")
+        assert shut.wait(10)
+        raise vmbackup.ConnectionLost("it was shut")
+
+    def dies(pieces):
+        next(pieces)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        vmbackup.fan_out(source(), list_of_sizes, dies, abort=shut.set)
+
+
 def test_a_consumer_that_has_seen_enough_holds_nobody_up(nothing_left):
     assert vmbackup.fan_out(vmbackup.ring(filled(40, 100)), len_of_first, list_of_sizes) == [
         100, [100] * 40]
@@ -906,10 +916,8 @@ def test_the_file_is_a_new_one(tmp_path, nothing_left):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for name in ("there", "link"):
         with pytest.raises(FileExistsError):
-            vmbackup.FileWriter(name, fd)
-    with vmbackup.FileWriter("new", fd) as writer:
-        assert writer.write_all(pieces_of(bytes(200 * MIB))) == 200 * MIB
-        writer.finish()
+            vmbackup.write_all(name, fd, iter(()))
+    assert vmbackup.write_all("new", fd, pieces_of(bytes(200 * MIB))) == 200 * MIB
     os.close(fd)
     assert (tmp_path / "new").stat().st_size == 200 * MIB
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600

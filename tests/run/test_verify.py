@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """verify: every backup on disk is proved again, by its files alone, and nothing is changed."""
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from simulator.client import Simulator
 from simulator.pool import MIB, Pool, disk, vif
-from support.harness import Site, finish, start, vmbackup
+from support.harness import SCRIPT, Site, finish, start, vmbackup
 from support.upstream import folder_name, leave_backup
 from support.world import everything_below, wait_until
 
@@ -217,12 +220,12 @@ DAMAGE = {
     "no vm.cfg": (lambda folder: (folder / "vm.cfg").unlink(), "vm.cfg"),
     "a bit of a sum": (lambda folder: flip(folder / "SHA256SUMS", 5), "SHA256SUMS|does not match"),
     "no sums at all": (lambda folder: (folder / "SHA256SUMS").unlink(),
-                       "SHA256SUMS does not list"),
+                       "not listed in SHA256SUMS"),
     "half of the sums": (lambda folder: os.truncate(
         str(folder / "SHA256SUMS"), (folder / "SHA256SUMS").stat().st_size // 2), "SHA256SUMS"),
     "no sum of the export": (lambda folder: remove_line(export_in(folder).name)(folder),
                              "SHA256SUMS does not list"),
-    "no sum of vm.cfg": (remove_line("vm.cfg"), "SHA256SUMS does not list"),
+    "no sum of vm.cfg": (remove_line("vm.cfg"), "vm.cfg is not listed"),
 }
 
 
@@ -407,8 +410,9 @@ WRONG = {
     "foreign link": (lambda f: (f / "a").symlink_to("/etc"), "a is not listed"),
     "no vm.cfg nor its line": (lambda f: resum(f, "vm.cfg"), "does not list vm.cfg"),
     "no metadata nor its line": (lambda f: resum(f, "vm-metadata.xml"), "does not list vm-meta"),
-    "no disk nor its lines": (lambda f: resum(f, "DISK-xvdb"), "missing: there is xvda of xvda, "),
-    "no vdi.cfg nor its line": (lambda f: resum(f, "DISK-xvda/vdi.cfg"), "DISK-. is missing"),
+    "no disk nor its lines": (lambda f: resum(f, "DISK-xvdb"), "of 2 folders DISK-. 1 are missing"),
+    "no vdi.cfg nor its line": (
+        lambda f: resum(f, "DISK-xvda/vdi.cfg"), "of 2 folders DISK-. 1 are missing"),
     "a FIFO as sums": (instead("SHA256SUMS", fifo), "no regular file"),
     "a FIFO as vm.cfg": (instead("vm.cfg", fifo), "no regular file"),
     "a FIFO as export": (instead("", fifo), "no regular file"),
@@ -462,16 +466,44 @@ def test_a_stray_file_called_success_hides_no_backup(backups):
     assert list(verdicts(checked(top / "web"))) == ["web"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
 def test_a_folder_that_cannot_be_read_is_an_error(backups):
+    """Root may read all, so it loses that right first."""
     top = backups("xva")
+    (top / "lost+found").mkdir(mode=0)
     of(top).chmod(0)
     try:
-        result = checked(top, top=top / "db")
+        told = subprocess.run([sys.executable, str(SCRIPT), "verify", str(top)], timeout=60,
+                              stdout=subprocess.PIPE, preexec_fn=drop_rights).stdout.decode()
     finally:
         of(top).chmod(0o700)
-    assert result.status == 2
-    assert result.lines[-1].endswith("S:1 W:0 E:1")
+    assert "VmBackup verify web/" in told
+    assert "Permission denied" in told
+    assert told.endswith("S:1 W:0 E:1\n")
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+
+
+def drop_rights():
+    for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        LIBC.prctl(PR_CAPBSET_DROP, right)    # fails where there was none
+
+
+def test_a_backup_whose_metadata_could_not_be_fetched(made, tmp_path):
+    """The run warned and told it in vm.cfg; without that word it is damage."""
+    for vm, word in (("good", "vm_metadata=none\n"), ("bad", "")):
+        folder = tmp_path / vm / of(made["xva"]).name
+        shutil.copytree(str(of(made["xva"])), str(folder))
+        resum(folder, "vm-metadata.xml", "vm.cfg")
+        text = (of(made["xva"]) / "vm.cfg").read_bytes() + word.encode()
+        (folder / "vm.cfg").write_bytes(text)
+        add_line("%s  vm.cfg\n" % hashlib.sha256(text).hexdigest())(folder)
+    result = checked(tmp_path)
+    told = verdicts(result)
+    assert (told["good"][0], told["bad"][0]) == ("Success", "ERROR"), result
+    assert "NOT vm-metadata.xml (it could not be fetched)" in told["good"][1]
+    assert told["bad"][1] == "SHA256SUMS does not list vm-metadata.xml"
 
 
 def test_without_the_command_zstd_it_is_an_error(made):
