@@ -174,7 +174,8 @@ class XapiError(BackupError):
     """A failure that XAPI reported: `code` and `params` as in its ErrorDescription."""
 
     def __init__(self, details, doing=""):
-        details = [str(item) for item in details] or ["INTERNAL_ERROR"]
+        # A task that was cancelled tells nothing (taskHelper.ml).
+        details = [str(item) for item in details] or ["TASK_CANCELLED"]
         # From v24.34 on rbac_raise hides another handler's failure in its third element.
         hidden = re.match(r"([A-Z][A-Z0-9_]+): \[", details[2]) if len(details) > 2 else None
         self.code = details[0]
@@ -182,7 +183,7 @@ class XapiError(BackupError):
             self.code = hidden.group(1)
         self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
         self.final = self.code in FINAL
-        text = " ".join([self.code] + [item for item in self.params if item])
+        text = without_refs(" ".join([self.code] + [item for item in self.params if item]))
         advice = ADVICE.get(self.code)
         if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
             advice = "the storage repository refused: look at /var/log/SMlog on the host"
@@ -191,13 +192,20 @@ class XapiError(BackupError):
 
 
 class ConnectionLost(XapiError):
-    """A call or stream broke: whether the host carried it out is not known."""
+    """A call or stream broke: whether the host carried it out is not known. reason: the error, or a
+    text of our own."""
 
     def __init__(self, reason):
         super().__init__(["CONNECTION_LOST"])
-        text = describe(reason).replace("ERROR - ", "")  # a session is worth a password
-        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", text)
-        self.args = ("the connection to the host broke: %s" % text,)
+        if not isinstance(reason, str):
+            reason = describe(reason).replace("ERROR - ", "")
+            reason = "the connection to the host broke: %s" % without_refs(reason)
+        self.args = (reason,)
+
+
+def without_refs(text):
+    """A text without the references of objects: a session's is worth a password."""
+    return re.sub(r"(OpaqueRef(:|%3A))[\w-]+", r"\1...", text)
 
 
 def describe(error):
@@ -221,8 +229,8 @@ def debug(error, log):
     """Logs where an error came from, if the environment has VMBACKUP_DEBUG=1."""
     if os.environ.get("VMBACKUP_DEBUG") == "1":
         for text in traceback.format_exception(type(error), error, error.__traceback__):
-            for line in text.rstrip().split("\n"):  # a session's reference is worth a password
-                log("DEBUG %s" % re.sub(r"(OpaqueRef(:|%3A))[\w-]+", r"\1...", line))
+            for line in text.rstrip().split("\n"):
+                log("DEBUG %s" % without_refs(line))
 
 
 def from_argv(arg):
@@ -388,7 +396,8 @@ def parse_time(name, pattern):
             moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
-    return moment if moment.strftime(pattern) == name else None
+    sane = 1970 <= moment.year < 9999  # or some zones cannot tell it
+    return moment if sane and moment.strftime(pattern) == name else None
 
 
 def _host_and_port(text):
@@ -779,7 +788,7 @@ def _notes(found, owners, every):
             notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
         if rule.name in hits and not rule.simple:
             others = [name for name in hits if name != rule.name]
-            notes.append("%sthe VM of just this name is meant; as a regular expression it may match"
+            notes.append("%sthe VM of just this name is meant; it is no simple name and may match"
                          " others too%s" % (text, ": " * bool(others) + ", ".join(others[:5])))
     return notes
 
@@ -827,6 +836,7 @@ STREWN = re.compile(
     r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of another kind
 FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
+AHEAD = 3600  # seconds by which clocks may differ
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
 PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
            ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
@@ -921,7 +931,7 @@ def scan(vm_fd, patterns, vm=None):
         try:
             with opened(name, vm_fd) as fd:
                 seen = _look(fd, item, vm) if ours else item
-                found.append(seen if seen.created is not None or seen.marker else item)
+                found.append(seen if seen.created is not None else item)
         except OSError as error:
             if error.errno not in ABSENT:
                 found.append(item._replace(error=describe(error) if ours else ""))
@@ -1120,96 +1130,70 @@ def _delete(fd, tree):
 ROUNDING = 2 * MIB  # by so much may a disk come larger than its virtual_size: the host rounds up
 METADATA_LIMIT = 256 * MIB  # bytes of an ova.xml
 DUMP_LIMIT = 4096 * MIB  # bytes of a dump of the pool's database
-
-
-def error_text(view, otherwise="data after the end of the archive"):
-    """The message for bytes that do not belong there: `otherwise`, unless they begin or end with
-    the HTTP 500 page that xapi appends to the body after a failure."""
-    data = bytes(view[:2048]) + bytes(view[-4096:])
-    page = re.search(rb"HTTP/1\.[01] [45][0-9][0-9] .*", data, re.DOTALL)
-    if not page:
-        return otherwise
-    reason = re.search(rb"</h1>\s*([A-Z][A-Z0-9_]{3,})", page.group())
-    told = ": " + reason.group(1).decode("ascii") if reason else ""
-    return "the host broke off and appended an error page" + told
+SMALL = "; XAPI cannot import a disk of 1 MiB or less that stands before others: enlarge the disk"
 
 
 class Reader:
     """Takes pieces apart into just so many bytes. at: bytes taken; where: the place, in words."""
 
     def __init__(self, pieces, where):
-        self._pieces, self.where, self.at = iter(pieces), where, 0
-        self._piece = self._left = memoryview(b"")
+        self._pieces, self._left = iter(pieces), memoryview(b"")
+        self.where, self.at = where, 0
 
-    def _more(self):
-        while not len(self._left):
+    def some(self, most):
+        """A view of the next bytes, at most so many, valid until the next; at the end b""."""
+        while not self._left:
             piece = next(self._pieces, None)
             if piece is None:
-                return False
-            self._piece = self._left = piece
-        return True
+                break
+            self._left = piece
+        view, self._left = self._left[:most], self._left[most:]
+        self.at += len(view)
+        return view
 
     def stream(self, size):
-        """The next `size` bytes as views, each valid until the next."""
-        while size:
-            if not self._more():
-                raise ArchiveError(error_text(self._piece, "it is cut off at " + self.where))
-            view, self._left = self._left[:size], self._left[size:]
-            size -= len(view)
-            self.at += len(view)
+        """The next `size` bytes as views."""
+        end = self.at + size
+        while self.at < end:
+            view = self.some(end - self.at)
+            if not view:
+                raise ArchiveError("it is cut off at " + self.where)
             yield view
 
     def take(self, size):
         data = bytearray()
         for view in self.stream(size):
             data += view
-        return bytes(data)
+        return data
 
     def skip(self, size):
         for _ in self.stream(size):
             pass
-
-    def rest(self):
-        """All that follows, as views."""
-        while self._more():
-            yield from self.stream(len(self._left))
 
 
 # --- XVA ---
 
 
 def find_xxh64():
-    """What makes an XXH64 with hashlib's update() and hexdigest(): from the package xxhash or by
-    the system's libxxhash; None where there is neither."""
+    """What gives the XXH64 of a bytearray in hex: the package xxhash or the system's libxxhash;
+    None where there is neither."""
     with contextlib.suppress(ImportError):
-        from xxhash import xxh64
+        from xxhash import xxh64_hexdigest
 
-        return xxh64
+        return xxh64_hexdigest
     try:
         import ctypes
 
-        library = ctypes.CDLL("libxxhash.so.0")
-        reset, update, digest = library.XXH64_reset, library.XXH64_update, library.XXH64_digest
+        xxh64 = ctypes.CDLL("libxxhash.so.0").XXH64
     except (ImportError, OSError, AttributeError):
         return None
-    reset.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
-    update.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    digest.argtypes, digest.restype = [ctypes.c_void_p], ctypes.c_ulonglong
+    xxh64.restype = ctypes.c_ulonglong
 
-    class Xxh64:
-        def __init__(self):
-            self._state = ctypes.create_string_buffer(256)  # XXH64_state_t needs 88
-            reset(self._state, 0)
+    def digest(data):
+        view = (ctypes.c_char * len(data)).from_buffer(data)
+        return "%016x" % xxh64(view, ctypes.c_size_t(len(data)), ctypes.c_ulonglong(0))
 
-        def update(self, view):
-            array = ctypes.c_char * len(view)
-            data = bytes(view) if view.readonly else array.from_buffer(view)
-            update(self._state, data, len(view))
-
-        def hexdigest(self):
-            return "%016x" % digest(self._state)
-
-    return Xxh64
+    return digest
 
 
 # A disk in an ova.xml: virtual_size in bytes, label as list_disks() makes it, the VDI's name.
@@ -1222,27 +1206,27 @@ def expected_disks(data, uuids=()):
     since the snapshot leaves no other trace in an export (export.ml)."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
-    data, by_class = re.sub(rb"^\s*<\?xml[^>]*>", b"", data), collections.defaultdict(dict)
+    data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
+    found, by_class = {}, collections.defaultdict(dict)
     try:
-        value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
+        value: Any = xmlrpc.client.loads(data)[0][0]
         for item in value["objects"]:
             by_class[item["class"]][item["id"]] = item["snapshot"]
-        vdis, labels = by_class["VDI"], collections.OrderedDict()
-        for vm in by_class["VM"].values():
-            labels[vm.get("suspend_VDI")] = "suspend"
-        for vbd in sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4)):
-            sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
-            if vbd["type"] != "CD" and vbd["VDI"] in vdis and sr.get("content_type") != "iso":
-                label = vbd.get("device") or vbd["userdevice"]
-                label += "-" + vbd["userdevice"] if label in labels.values() else ""
-                labels.setdefault(vbd["VDI"], label)
-        found = {ref: OvaDisk(int(vdis[ref]["virtual_size"]), label, vdis[ref].get("name_label"))
-                 for ref, label in labels.items() if ref in vdis}
-        absent = sorted(set(uuids) - {vdi.get("uuid") for vdi in vdis.values()})
+        vbds = sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4))
+        disks = [(vm.get("suspend_VDI"), "suspend", "") for vm in by_class["VM"].values()]
+        disks += [(vbd["VDI"], vbd.get("device") or vbd["userdevice"], "-" + vbd["userdevice"])
+                  for vbd in vbds if vbd["type"] != "CD"]
+        for ref, label, more in disks:
+            vdi = by_class["VDI"].get(ref, {})
+            sr = by_class["SR"].get(vdi.get("SR"), {})
+            if vdi and ref not in found and sr.get("content_type") != "iso":
+                label += more if label in [disk.label for disk in found.values()] else ""
+                found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
+        absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
-        raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % ", ".join(absent))
+        raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % min(absent))
     return found
 
 
@@ -1255,40 +1239,47 @@ def read_member(reader, block):
         if int(told.strip(b"\0 "), 8) != mine or size < 0:
             raise ValueError
     except ValueError:
-        text = error_text(block, "no tar header in its place")
-        raise ArchiveError("%s, after %s" % (text, reader.where)) from None
+        raise ArchiveError("no tar header behind " + reader.where) from None
     if kind not in b"0\0":
         raise ArchiveError("unexpected kind of member: %r" % name)
     reader.where = name
     return name, size
 
 
-def read_chunk(reader, name, size, kinds, sink=None, offset=0):
-    """Reads a chunk behind its header, and the member after it that holds its hash. kinds: {ending
-    of that member's name: what makes the hash}. Returns (ending, hash)."""
-    sums = {kind: make() for kind, make in kinds.items() if make}
-    for view in reader.stream(size):
-        for each in sums.values():
-            each.update(view)
-        if sink:
-            sink(name.split("/")[0], offset, view)
-            offset += len(view)
+def read_headers(reader):
+    """(disk's id, number, name, bytes) of each chunk, up to the end: (None, 0, "", 0)."""
+    block = reader.take(512)
+    while block.strip(b"\0"):
+        name, size = read_member(reader, block)
+        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
+        if not match or size > 64 * MIB:
+            raise ArchiveError("unexpected member %r" % name)
+        yield match.group(1), int(match.group(2)), name, size
+        block = reader.take(512)
+    if reader.take(512).strip(b"\0"):
+        raise ArchiveError("one zero block only before more data")
+    yield None, 0, "", 0
+
+
+def read_chunk(reader, name, size, hashes):
+    """(bytes, whether they were proved) of a chunk, from behind its header, and of the member after
+    it that holds its hash. hashes: {ending of that one's name: function, or None}."""
+    data = reader.take(size)
     reader.skip(-size % 512)
     member, length = read_member(reader, reader.take(512))
     kind = member[len(name):]
-    if name + kind != member or kind not in kinds or not 0 < length <= 64:
+    if name + kind != member or kind not in hashes or not 0 < length <= 64:
         raise ArchiveError("the hash of chunk %s is missing" % name)
     told = reader.take(512)[:length].decode("ascii", "replace").lower()
-    if kind in sums and sums[kind].hexdigest() != told:
+    if hashes[kind] and hashes[kind](data) != told:
         raise ArchiveError("chunk %s does not match its hash" % name)
-    return kind, told
+    return data, bool(hashes[kind])
 
 
 def prove_xva(pieces, uuids=(), sink=None):
     """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
     filled to its virtual_size, two zero blocks, then at most 1 MiB of zeros. uuids: the VDIs that
-    have to be in it; without them the archive itself says which disks it holds. sink(id, offset,
-    view) gets what the disks hold, but first sink("ova.xml", 0, data).
+    have to be in it. sink(id, offset, bytes) gets the chunks, but first sink("ova.xml", 0, bytes).
 
     Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
     numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
@@ -1296,69 +1287,54 @@ def prove_xva(pieces, uuids=(), sink=None):
     the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
     reader = Reader(pieces, "the very beginning")
-    kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
+    hashes = {".xxhash": find_xxh64(),
+              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
     name, size = read_member(reader, reader.take(512))
     if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
         raise ArchiveError("the archive does not begin with ova.xml")
-    ova = reader.take(size + -size % 512)[:size]
-    disks = expected_disks(ova, uuids)
+    data = reader.take(size)
+    reader.skip(-size % 512)
+    disks = expected_disks(data, uuids)
     if sink:
-        sink("ova.xml", 0, ova)
-    disk, offset, last, unit, twice, told, done, chunks = None, 0, -1, None, None, "", [], 0
-
-    def end_disk():
-        if disk is not None and offset != disks[disk].size:
-            small = (": enlarge the disk before it, whose %d bytes XAPI takes for the size of all"
-                     " chunks that are left out, and cannot import this" % unit)
-            raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
-                disk, offset, disks[disk].size, small if unit < MIB and len(done) > 1 else ""))
-
-    block = reader.take(512)
-    while block.strip(b"\0"):
-        name, size = read_member(reader, block)
-        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
-        if not match or size > 64 * MIB:
-            raise ArchiveError("unexpected member %r" % name)
-        number = int(match.group(2))
-        if match.group(1) != disk:
-            end_disk()
-            disk, offset, last = match.group(1), 0, -1
-            if disk not in disks or disk in done or number:
+        sink("ova.xml", 0, data)
+    disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
+    for ref, number, name, size in read_headers(reader):
+        if ref != disk:
+            if offset != want:
+                raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
+                    disk, offset, want, SMALL if unit < MIB and done[1:] else ""))
+            if ref is None:
+                break
+            if ref not in disks or ref in done or number:
                 raise ArchiveError("unexpected member %r" % name)
             if twice:
-                raise ArchiveError("%s comes twice before another disk, which XAPI cannot import:"
-                                   " make that disk larger than 1 MiB" % twice)
-            done.append(disk)
-        again = number == last == 0 and size == offset == disks[disk].size and not twice
-        twice = name if again else twice
+                raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
+            disk, want, offset, last = ref, disks[ref].size, 0, -1
+            done.append(ref)
+        again = number == last == 0 and size == offset == want and not twice
+        twice = twice or again
         if not again:
             unit = size if unit is None else unit
             offset += unit * (number - last - 1) + size
-            if number <= last or offset > disks[disk].size:
+            if number <= last or offset > want:
                 raise ArchiveError("chunk %s is out of order" % name)
             last = number
-        before, (kind, told) = told, read_chunk(
-            reader, name, size, kinds, None if again else sink, offset - size)
-        if again and told != before:
-            raise ArchiveError("chunk %s comes twice and differs" % name)
-        kinds = {kind: kinds[kind]}  # only of the first chunk are both sums needed
-        chunks += 1
-        block = reader.take(512)
-    end_disk()
+        data, proved = read_chunk(reader, name, size, hashes)
+        proofs.append(proved)
+        if sink and not again:
+            sink(disk, offset - size, data)
     missing = [ref for ref, item in disks.items() if item.size and ref not in done]
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
-    if reader.take(512).strip(b"\0"):
-        raise ArchiveError("one zero block only before more data")
     end = reader.at
-    for view in reader.rest():
+    for view in iter(lambda: reader.some(MIB), b""):
         if bytes(view).strip(b"\0"):
-            raise ArchiveError(error_text(view))
+            raise ArchiveError("data after the end of the archive")
         if reader.at - end > MIB:
             raise ArchiveError("more than 1 MiB of zeros after the end of the archive")
-    unproved = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % chunks
-    return ["archive (%d disks, %d chunks)" % (len(disks), chunks),
-            unproved if chunks and None in kinds.values() else "chunk hashes"]
+    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proofs.count(False)
+    return ["archive (%d disks, %d chunks)" % (len(disks), len(proofs)),
+            "chunk hashes" if all(proofs) else told]
 
 
 # --- single disks, and the pool's database ---
@@ -1366,18 +1342,16 @@ def prove_xva(pieces, uuids=(), sink=None):
 
 def prove_raw(pieces, size):
     """Proves a raw disk whole: `size` bytes, then at most ROUNDING zeros. size None: unknown."""
-    seen, start, piece = 0, b"", b""
+    seen = 0
     for piece in pieces:
-        start = start or bytes(piece[:2048])
         more = piece[max(size - seen, 0):] if size is not None else b""
         seen += len(piece)
         if len(more) and (seen > size + ROUNDING or bytes(more).strip(b"\0")):
-            raise ArchiveError(error_text(more, "more than the disk's %d bytes arrived" % size))
+            raise ArchiveError("more than the disk's %d bytes arrived" % size)
     if size is None:
         return ["NOT its size (nothing here tells it)"]
     if seen < size:
-        short = "%d of %d bytes arrived" % (seen, size)
-        raise ArchiveError(error_text(start, error_text(piece, short)))
+        raise ArchiveError("%d of %d bytes arrived" % (seen, size))
     return ["size (%d bytes)" % seen]
 
 
@@ -1393,7 +1367,7 @@ def prove_vhd(pieces, size=None):
     reader = Reader(pieces, "the VHD's beginning")
     footer = reader.take(512)
     if not intact(footer, b"conectix", 64):
-        raise ArchiveError(error_text(footer, "no VHD footer in front"))
+        raise ArchiveError("no VHD footer in front")
     at, told, kind = struct.unpack(">Q24xQ4xI", footer[16:64])
     if kind != 3 or not 512 <= at <= MIB:
         raise ArchiveError("not a whole dynamic VHD")
@@ -1402,29 +1376,27 @@ def prove_vhd(pieces, size=None):
     reader.skip(at - 512)
     header = reader.take(1024)
     table, entries, block = struct.unpack(">Q4xII", header[16:36])
-    needed = -(-told // block) if 512 <= block <= ROUNDING else entries + 1
-    if not intact(header, b"cxsparse", 36) or not needed <= entries <= 4 * MIB or (
-            not 0 <= table - reader.at <= MIB):
+    needed = -(-told // max(block, 512))  # entries
+    if not (intact(header, b"cxsparse", 36) and 512 <= block <= ROUNDING
+            and needed <= entries <= 4 * MIB and 0 <= table - reader.at <= MIB):
         raise ArchiveError("the VHD's header is damaged")
     reader.skip(table - reader.at)
     numbers = array.array("I", reader.take(entries * 4))
     numbers.byteswap()
+    good = numbers[needed:].count(0xFFFFFFFF) == entries - needed  # none behind the disk's end
     blocks = sorted(number for number in numbers[:needed] if number != 0xFFFFFFFF)
-    if numbers[needed:].count(0xFFFFFFFF) != entries - needed:
-        raise ArchiveError("the VHD's table goes on behind the end of the disk")
     end, gap = table + -(-entries * 4 // 512) * 512, MIB
     for number in blocks:
-        if not end <= number * 512 <= end + gap:
-            raise ArchiveError("the VHD's table is damaged: blocks overlap or leave a gap")
+        good = good and end <= number * 512 <= end + gap
         end, gap = number * 512 + -(-block // 4096 // 512) * 512 + block, 4096
-    reader.where = "its blocks: the table says %d bytes" % (end + 512)
+    if not good:
+        raise ArchiveError("the VHD's table is damaged")
+    reader.where = "the VHD's blocks"
     reader.skip(end - reader.at)
-    last = reader.take(512)
-    if last != footer:
-        text = "the VHD's table does not fit its length: no footer at byte %d" % end
-        raise ArchiveError(error_text(last, text))
-    for view in reader.rest():
-        raise ArchiveError(error_text(view, "data after the VHD's last footer"))
+    if reader.take(512) != footer:
+        raise ArchiveError("no footer at byte %d, where the VHD's table has its end" % end)
+    if reader.some(1):
+        raise ArchiveError("data after the VHD's last footer")
     return ["VHD (footers, header, %d blocks)" % len(blocks)]
 
 
@@ -1433,25 +1405,22 @@ def dump_tables(pieces):
     it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
     others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
     sends one without tables (pool_db_backup.ml)."""
-    path, names, schema, seen, piece = [], set(), {}, 0, b""
-    shapes = collections.defaultdict(collections.Counter)  # of each table's rows
+    path, schema, seen = [], {}, 0
+    tables = collections.defaultdict(collections.Counter)  # of each one's rows, by their fields
     parser = xml.parsers.expat.ParserCreate("utf-8")
 
-    def begin(name, attributes):
+    def begin(name, attributes, *doctype):
+        if doctype or len(path) > 9 or len(tables) + len(schema) > 9999:
+            raise ArchiveError("the dump is not XAPI's")
         path.append(attributes.get("name", "") if name == "table" else name)
         if name == "row" and len(path) == 3:
-            shapes[path[1]][frozenset(attributes)] += 1
+            tables[path[1]][frozenset(attributes)] += 1
         elif name == "table":
-            names.add(path[-1])
+            tables[path[-1]].update()
         elif name == "pair":
             schema[attributes.get("key")] = attributes.get("value")
-        if len(path) > 9 or len(names) + len(schema) > 9999:
-            refuse()
 
-    def refuse(*_declaration):
-        raise ArchiveError("the dump is not XAPI's")
-
-    parser.StartElementHandler, parser.StartDoctypeDeclHandler = begin, refuse
+    parser.StartElementHandler = parser.StartDoctypeDeclHandler = begin
     parser.EndElementHandler = lambda _name: path.pop()
     try:
         for piece in pieces:
@@ -1461,16 +1430,15 @@ def dump_tables(pieces):
                 raise ArchiveError("the dump has no end")
         parser.Parse(b"", True)
     except xml.parsers.expat.ExpatError as error:
-        text = "the dump is damaged or does not end in </database>: %s" % error
-        raise ArchiveError(error_text(piece, text)) from None
-    if "VM" not in shapes:
+        raise ArchiveError("the dump is damaged or lacks </database>: %s" % error) from None
+    if not tables.get("VM"):
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-    for table, rows in shapes.items():
-        (usual, many), (odd, one) = (rows.most_common() + [(frozenset(), 0)])[:2]
-        if many > 1 == one and odd < usual:  # two that the cut made one
+    for table, rows in tables.items():  # the cut made one row of two
+        usual = max(rows, key=rows.get, default=frozenset())
+        if rows[usual] > 1 and any(rows[odd] == 1 and odd < usual for odd in rows):
             raise ArchiveError("the dump is damaged in table %s" % table)
-    names.add("schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn")))
-    return names
+    version = "schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn"))
+    return {version}.union(tables)
 
 
 def prove_dump(pieces, tables=()):
@@ -1493,7 +1461,7 @@ def gunzip(pieces):
         for piece in pieces:
             while len(piece):
                 if gzip.eof:
-                    raise ArchiveError(error_text(piece))
+                    raise ArchiveError("data after the end of the gzip stream")
                 yield memoryview(gzip.decompress(piece, MIB))
                 piece = memoryview(gzip.unused_data if gzip.eof else gzip.unconsumed_tail)
         yield memoryview(gzip.flush())  # zlib may hold back output with no input left
@@ -1512,24 +1480,19 @@ def unzstd(pieces):
     its own reads the pieces; it and the child are gone when this generator is."""
     if not has_zstd():
         raise BackupError("nothing here can decompress it: install the command zstd")
-    child: Any = subprocess.Popen(
-        [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
+    buffer = memoryview(bytearray(MIB))
 
     def feed():
-        try:
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
             for piece in pieces:
-                try:
-                    child.stdin.write(piece)
-                except BrokenPipeError:  # it ended: its exit status tells why
-                    break
-        finally:
-            with contextlib.suppress(OSError):
-                child.stdin.close()
+                child.stdin.write(piece)
 
-    buffer = memoryview(bytearray(MIB))
-    with ThreadPoolExecutor(1) as thread:
+    child: Any
+    with subprocess.Popen(
+            [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
+    ) as child, ThreadPoolExecutor(1) as thread:
         try:
             feeder = thread.submit(feed)
             for count in iter(lambda: child.stdout.readinto(buffer), 0):
@@ -1539,8 +1502,6 @@ def unzstd(pieces):
                 raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
         finally:
             child.kill()
-            child.stdout.close()
-            child.wait()
 
 
 def prover(file_name, size=None, uuids=(), sink=None):
@@ -1596,10 +1557,10 @@ class Watch:
     """What all threads share about stopping, progress and the rate (bytes/s, 0: no limit). A stop
     tears nothing apart: code looks at it where it can undo what it has done."""
 
-    def __init__(self, rate=0):
-        self.signum, self.rate, self.streams, self.activities = None, rate, set(), []
-        self._stopped, self._raises, self._calls = 0.0, False, {}
-        self._due, self._turn = 0.0, threading.Lock()
+    def __init__(self):
+        self.signum, self.rate, self.activities = None, 0, []
+        self.streams, self.calls = set(), {}  # open Streams; Transports, and since when each waits
+        self._stopped, self._raises, self._due, self._turn = 0.0, False, 0.0, threading.Lock()
 
     def install(self):
         """Takes the signals, and lets no core file and no TLS key log tell the password."""
@@ -1618,7 +1579,7 @@ class Watch:
             signal.alarm(STOP_ENDS)
             if self._raises:
                 raise Interrupted(signum)
-        elif signum != self.signum or now - self._stopped > ONE_SIGNAL:
+        elif now - self._stopped > ONE_SIGNAL:
             os._exit(128 + self.signum)
 
     def check(self):
@@ -1656,10 +1617,9 @@ class Watch:
     def _end_waits(self):
         for stream in self.streams.copy():
             stream.abort()
-        for transport, begun in self._calls.copy().items():
-            late = begun > self._stopped
-            end = begun + CLEANUP_GRACE if late else self._stopped + STOP_GRACE
-            if time.monotonic() > end:
+        for transport, begun in self.calls.copy().items():
+            grace = CLEANUP_GRACE if begun > self._stopped else STOP_GRACE
+            if time.monotonic() > max(begun, self._stopped) + grace:
                 transport.shut()
 
     def pure(self, function, *args):
@@ -1671,15 +1631,6 @@ class Watch:
             return function(*args)
         finally:
             self._raises = False
-
-    @contextlib.contextmanager
-    def call(self, transport):
-        """Registers a call that is under way, so that a stop can end it."""
-        self._calls[transport] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._calls[transport]
 
     @contextlib.contextmanager
     def activity(self, label):
@@ -1704,22 +1655,20 @@ class Watch:
                     with contextlib.suppress(Exception):  # an oddity must not end the watching
                         look()
 
-        helper = threading.Thread(target=tend, name="helper", daemon=True)
-        helper.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            helper.join()
+        with ThreadPoolExecutor(1) as helper:
+            helper.submit(tend)
+            try:
+                yield
+            finally:
+                ended.set()
 
 
 # ============================== the XAPI client ==============================
 
-CONNECT_TIMEOUT = 30  # seconds
+CONNECT_TIMEOUT = 30  # seconds, for all that a helper asks, too
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
              (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
-ASK_TIMEOUT = 30  # seconds
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
 
 
@@ -1734,7 +1683,6 @@ class Endpoint:
     def __init__(self, address, pins=None, ca=None, verify=True, led=False):
         self.address, self.pins, self.ca, self.verify = address, pins, ca, verify
         self.checked = verify and bool(pins or ca or led or not is_loopback(address.host))
-        self._context = None
 
     def __str__(self):
         scheme, host, port = self.address
@@ -1746,11 +1694,9 @@ class Endpoint:
     def lead(self, told):
         """The Endpoint where this host leads to as master or by a redirect; it has to prove itself
         in the same way. Clear text leads to clear text within this machine alone."""
-        try:
+        mine, address = self.address, Address("", "", 0)
+        with contextlib.suppress(ValueError):
             address = parse_host(told)
-        except ValueError:
-            address = Address("", "", 0)
-        mine = self.address
         if "://" not in told and address.port == 443 and (
                 mine.scheme == "https" or mine.scheme == "http" and is_loopback(address.host)):
             address = mine._replace(host=address.host)  # a bare name: reached as this one is
@@ -1761,48 +1707,54 @@ class Endpoint:
     def open_socket(self, timeout, owner):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
 
-        It is owner.sock as soon as it is one, for whoever has to shut it. A dead peer is noticed
-        by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or write,
-        None for ever).
+        It is owner.sock as soon as it is one, for whoever has to shut or close it. A dead peer is
+        noticed by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or
+        write, None for ever).
         """
         scheme, host, port = self.address
-        try:
-            if scheme == "unix":
-                sock = owner.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(host)
-            else:
-                sock = owner.sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in KEEPALIVE:
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if scheme == "https":
-                sock = self._tls(sock, owner)
-        except BaseException:
-            if owner.sock is not None:
-                owner.sock.close()
-            raise
+        if scheme == "unix":
+            sock = owner.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(host)
+        else:
+            sock = owner.sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if scheme == "https":
+            sock = self._tls(sock, owner)
         sock.settimeout(timeout)
         return sock
 
     def _tls(self, sock, owner):
-        self._context = self._context or self._make_context()
-        name = self.address.host if self._context.check_hostname else None
+        """The TLS socket on it. Where the certificate is not trusted, raises BackupError: which
+        fingerprint the host shows, how to compare it, what to set."""
+        context, trusted = self._context(), True
+        name = self.address.host if context.check_hostname else None
+        tls = owner.sock = context.wrap_socket(sock, server_hostname=name,
+                                               do_handshake_on_connect=False)
         try:
-            tls = owner.sock = self._context.wrap_socket(sock, server_hostname=name,
-                                                         do_handshake_on_connect=False)
             tls.do_handshake()
         except (ssl.SSLError, ssl.CertificateError) as error:
             # In Python 3.6 CertificateError is a wrong name only, and no SSLError.
-            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise BackupError(self._untrusted(owner)) from None
-            raise
+            if isinstance(error, ssl.SSLError) and error.reason != "CERTIFICATE_VERIFY_FAILED":
+                raise
+            trusted = False
+            tls.close()
+            tls = Endpoint(self.address, verify=False).open_socket(CONNECT_TIMEOUT, owner)
         shown = hashlib.sha256(tls.getpeercert(True)).hexdigest()
-        if self.checked and self.pins and shown not in self.pins:
-            raise BackupError(self._untrusted(owner, shown))
-        return tls
+        if self.checked and self.pins:
+            trusted = shown in self.pins
+        if trusted:
+            return tls
+        shown = ":".join(re.findall("..", shown)).upper()
+        raise BackupError(
+            "the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it on"
+            " the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
+            " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
+            % (self, shown, shown))
 
-    def _make_context(self):
+    def _context(self):
         if self.checked and not self.pins:
             context = ssl.create_default_context(cafile=self.ca)
             # XenServer's own certificates have no key identifiers, which newer Pythons ask for.
@@ -1810,30 +1762,14 @@ class Endpoint:
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
-            levels = ssl.OPENSSL_VERSION_INFO >= (1, 1)  # older ones know none and raise
-            context.set_ciphers("DEFAULT:@SECLEVEL=1" if levels else "DEFAULT")
+            if ssl.OPENSSL_VERSION_INFO >= (1, 1):
+                # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
+                context.set_ciphers("DEFAULT:@SECLEVEL=1")
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         return context
-
-    def _untrusted(self, owner, shown=None):
-        """One line: the fingerprint that the host shows, how to compare it and what to set."""
-        if shown is None:
-            owner.sock.close()
-            bare = Endpoint(self.address, verify=False)
-            try:
-                with contextlib.closing(bare.open_socket(CONNECT_TIMEOUT, owner)) as sock:
-                    shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
-            except OSError as error:
-                return "the certificate of %s is not trusted (%s)" % (self, describe(error))
-        shown = ":".join(re.findall("..", shown)).upper()
-        return ("the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it"
-                " on the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
-                " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
-                % (self, shown, shown))
 
 
 def endpoints(settings, addresses):
@@ -1866,9 +1802,10 @@ class Transport(xmlrpc.client.Transport):
     user_agent = "vmbackup/" + __version__
     accept_gzip_encoding = False
 
-    def __init__(self, endpoint, timeout):
+    def __init__(self, endpoint, timeout, watch):
         super().__init__()
-        self.endpoint, self.timeout, self.connection, self.used = endpoint, timeout, None, 0.0
+        self.endpoint, self.timeout, self.watch = endpoint, timeout, watch
+        self.connection, self.used = None, 0.0
 
     def make_connection(self, host):
         if time.monotonic() - self.used > 5:
@@ -1883,26 +1820,21 @@ class Transport(xmlrpc.client.Transport):
             connection.close()
 
     def shut(self):
-        shut(getattr(self.connection, "sock", None))
+        shut(getattr(self.connection, "sock", None))  # a stop ends the call
 
     def request(self, host, handler, request_body, verbose=False):
+        self.watch.calls[self] = time.monotonic()
         try:
             return self.single_request(host, handler, request_body, verbose)
         finally:
             self.used = time.monotonic()
+            del self.watch.calls[self]
 
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
+BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError,
+          ValueError, TypeError, LookupError)  # the latter of an answer that is none
 UNDONE = ("SESSION_INVALID", "HOST_IS_SLAVE", "HOST_STILL_BOOTING")  # refused before it was begun
-
-
-def told_error(details, handle, doing=""):
-    """The XapiError of what a host told, without the session's reference, worth a password. A task
-    that was cancelled tells nothing (taskHelper.ml)."""
-    secret = handle.rpartition(":")[2]
-    details = [str(item).replace(secret, "...") for item in details]
-    return XapiError(details or ["TASK_CANCELLED"], doing)
 
 
 class Xapi:
@@ -1913,9 +1845,9 @@ class Xapi:
 
     def __init__(self, hosts, credentials, log, watch):
         self._hosts, self._credentials, self._log, self.watch = hosts, credentials, log, watch
-        self._session: Any = None
-        self._transport: Any = None
         self.endpoint: Any = None
+        self.handle: Any = None  # the session's reference; it changes with a new login
+        self._transport: Any = None
         self._lost = None  # a session that a broken connection left behind: the host counts it
 
     def connect(self):
@@ -1936,22 +1868,19 @@ class Xapi:
                 reasons.append("%s: %s" % (endpoint, describe(error)))
                 continue
             if self._lost:
-                self._log_out(self._session, self._lost)
+                with contextlib.suppress(BackupError):
+                    self.ask("session.logout", handle=self._lost)
+                self._lost = None
             return
         raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
 
     def _login(self, endpoint, hops=3):
-        import XenAPI
-
-        transport = Transport(endpoint, CALL_TIMEOUT)
-        session: Any = XenAPI.Session("http://xapi", transport=transport)
+        transport = Transport(endpoint, CALL_TIMEOUT, self.watch)
         try:
-            with self.watch.call(transport):
-                session.login_with_password(*self._credentials, "1.0", "vmbackup")
-            session.last_login_method = None  # or XenAPI would log in again by itself
-            self._session, self._transport, self.endpoint = session, transport, endpoint
-        except XenAPI.Failure as failure:
-            error = XapiError(failure.details)
+            self.handle = self._answer(transport, "session.login_with_password",
+                                       *self._credentials, "1.0", "vmbackup")
+            self._transport, self.endpoint = transport, endpoint
+        except XapiError as error:
             if error.code == "HOST_IS_SLAVE" and error.params and hops:
                 master = endpoint.lead(error.params[0])
                 self._log("%s is not the pool master, going on to %s" % (endpoint, error.params[0]))
@@ -1961,24 +1890,22 @@ class Xapi:
                                   " (a password file has to exist to be read)"
                                   % (endpoint, self._credentials[0])) from None
             else:
-                raise error from None
-        finally:
-            if self._session is not session:
-                if session.handle:  # what an older XenAPI asks after its login failed
-                    self._log_out(session, session.handle)
-                transport.close()
+                raise
 
-    def _log_out(self, session, handle):
-        with contextlib.suppress(Exception), self.watch.call(session.transport):
-            session.session.logout(handle)
-            self._lost = None
+    def _answer(self, transport, method, *args):
+        """What the host answers. XenAPI's own way to call is not taken: it logs in by itself."""
+        import XenAPI
 
-    @property
-    def handle(self):
-        """The session reference; it changes with a new login."""
-        if self._session is None:
-            raise ConnectionLost(BackupError("not logged in"))
-        return self._session.handle
+        answer = getattr(XenAPI.Session("http://xapi", transport), method)(*args)
+        if answer["Status"] == "Success":
+            return answer["Value"]
+        raise XapiError(answer["ErrorDescription"], method)
+
+    def _send(self, transport, *call):
+        try:
+            return self._answer(transport, *call)
+        except BROKEN as error:
+            raise ConnectionLost(error) from None
 
     def call(self, method, *args):
         """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
@@ -1987,52 +1914,26 @@ class Xapi:
         only reads.
         """
         try:
-            if self._session is not None:
-                return self._send(method, args)
+            if self.handle:
+                return self._send(self._transport, method, self.handle, *args)
         except XapiError as error:
-            lost = isinstance(error, ConnectionLost)
-            reads = lost and ".get_" in method and not self.watch.signum
-            if not reads and error.code not in UNDONE:
+            reads = isinstance(error, ConnectionLost) and ".get_" in method
+            if error.code not in UNDONE and (self.watch.signum or not reads):
                 raise
             self._log("lost the host, logging in again")
-            self._lost, self._session = self.handle, None
+            self._lost, self.handle = self.handle, None
             self._transport.close()
         try:
             self.connect()
         except ConfigError as error:
             raise ConnectionLost(error) from None
-        return self._send(method, args)
+        return self._send(self._transport, method, self.handle, *args)
 
-    def _send(self, method, args):
-        import XenAPI
-
-        try:
-            with self.watch.call(self._transport):
-                return self._session.xenapi_request(method, args)
-        except XenAPI.Failure as failure:
-            raise told_error(failure.details, self.handle, method) from None
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode == 401:  # XenAPI's word for it, since it may not log in again
-                raise XapiError(["SESSION_INVALID"], method) from None
-            raise ConnectionLost(fault) from None
-        except BROKEN + (ValueError, TypeError, LookupError) as error:  # no answer of XAPI's
-            raise ConnectionLost(error) from None
-
-    def ask(self, method, *args):
+    def ask(self, method, *args, handle=None):
         """The same for another thread than the owner's: on a connection of its own, never a login,
-        and with a short timeout. Raises XapiError."""
-        import XenAPI
-
-        transport = Transport(self.endpoint, ASK_TIMEOUT)
-        session = XenAPI.Session("http://xapi", transport=transport)
-        try:
-            with contextlib.closing(transport), self.watch.call(transport):
-                answer = getattr(session, method)(self.handle, *args)
-            if answer["Status"] == "Success":
-                return answer["Value"]
-        except BROKEN + (ValueError, TypeError, LookupError) as error:
-            raise ConnectionLost(error) from None
-        raise told_error(answer["ErrorDescription"], self.handle, method)
+        and with a short timeout. handle: another session's than this one's."""
+        with contextlib.closing(Transport(self.endpoint, CONNECT_TIMEOUT, self.watch)) as transport:
+            return self._send(transport, method, handle or self.handle, *args)
 
     def all(self, kind):
         """{ref: record} of all objects of a class."""
@@ -2050,11 +1951,11 @@ class Xapi:
                         raise
         return found
 
-    def wait_for(self, task, patience, late, heed=True):
+    def wait_for(self, task, patience, doing, heed=True):
         """The record of a task once it has ended, None if it is gone.
 
-        Raises XapiError with the text `late` after `patience` seconds, and at a stop Interrupted,
-        or unless that is to be heeded XapiError when time runs out.
+        Raises XapiError after `patience` seconds, and at a stop Interrupted, or unless that is to
+        be heeded XapiError when time runs out.
         """
         end, pause = time.monotonic() + patience, 0.02
         while True:
@@ -2064,9 +1965,9 @@ class Xapi:
             if record is None or record["status"] not in ("pending", "cancelling"):
                 return record
             if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
-                raise XapiError(["TASK_TIMEOUT"], late)
-            self.watch.sleep(pause) if heed else time.sleep(pause)
-            pause = min(pause * 1.5, 2)
+                raise XapiError(["TASK_TIMEOUT"], "%s did not end within %d s" % (doing, patience))
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1)
 
     def run_task(self, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
@@ -2074,33 +1975,30 @@ class Xapi:
         At a stop the task is cancelled; if it ended well all the same its result is returned, so
         that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
-        task, late = self.call("Async." + method, *args), "%s did not end within %d s"
+        task = self.call("Async." + method, *args)
         try:
             try:
-                record = self.wait_for(task, SNAPSHOT_TIMEOUT, late % (method, SNAPSHOT_TIMEOUT))
+                record = self.wait_for(task, SNAPSHOT_TIMEOUT, method)
             except Interrupted:
                 with contextlib.suppress(XapiError):
                     self.call("task.cancel", task)
-                record = self.wait_for(task, CLEANUP_GRACE, late % (method, CLEANUP_GRACE), False)
+                record = self.wait_for(task, CLEANUP_GRACE, method, False)
         finally:
             with contextlib.suppress(XapiError):
                 self.call("task.destroy", task)
         if record is None:
-            raise told_error(["HANDLE_INVALID", "task", task], self.handle, method)
+            raise XapiError(["HANDLE_INVALID", "task"], method)
         if record["status"] != "success":
             self.watch.check()
-            raise told_error(record["error_info"], self.handle, method)
+            raise XapiError(record["error_info"], method)
         return re.sub(r"</?value>", "", record["result"]).strip()  # Async wraps it in XML
 
     def at(self, told):
         """The Endpoint of the pool member that is told by this address or URL: its certificate is
         the one that the pool vouches for (host.get_server_certificate), over this connection, which
         is trusted already."""
-        mine, pins = self.endpoint, []
-        other = mine.lead(told)
-        if other.address == mine.address:
-            return mine
-        if other.checked and (mine.checked or is_loopback(mine.address.host)):
+        other, pins = self.endpoint.lead(told), []
+        if other.checked:
             with contextlib.suppress(XapiError, ValueError):
                 for ref, host in self.all("host").items():
                     if parse_host(host["address"]).host == other.address.host:
@@ -2112,21 +2010,19 @@ class Xapi:
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
         are forwarded and streams are not."""
-        if self.endpoint.address.scheme == "unix":
-            with contextlib.suppress(XapiError, StopIteration):
-                master = next(iter(self.all("pool").values()))["master"]
-                if self.call("session.get_this_host", self.handle) != master:
-                    return self.at(self.call("host.get_record", master)["address"])
-        return self.endpoint
+        pool = next(iter(self.all("pool").values()))  # it logs in where that was not done yet
+        if self.endpoint.address.scheme != "unix" or (
+                self.call("session.get_this_host", self.handle) == pool["master"]):
+            return self.endpoint
+        return self.at(self.call("host.get_address", pool["master"]))
 
     def close(self):
         """Logs out; never raises."""
-        session, self._session = self._session, None
-        if session is not None:
+        if self.handle:
+            with contextlib.suppress(BackupError):
+                self.ask("session.logout")
             self._transport.close()
-            self._transport.timeout = CONNECT_TIMEOUT
-            self._log_out(session, session.handle)
-            self._transport.close()
+            self.handle = None
 
 
 # ============================== streams ==============================
@@ -2134,39 +2030,13 @@ class Xapi:
 SILENCE = 30  # seconds after which the host is asked how a stream's task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 STALLED = 3600  # seconds in which neither a byte nor the task's progress moved: given up
-LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
 IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import takes its time
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
 class Elsewhere(XapiError):
-    """Another pool member is to have the request: `location` is its URL."""
-
-    def __init__(self, location):
-        super().__init__(["REDIRECT", location], "the host sends the request elsewhere")
-        self.location = location
-
-
-class GivenUp(ConnectionLost):
-    """A stream was ended from this side, for a reason of its own."""
-
-    def __init__(self, reason):
-        super().__init__(reason)
-        self.args = (reason,)
-
-
-class Body:
-    """The body of a PUT as requests takes it: pieces of a known total length."""
-
-    def __init__(self, length, pieces):
-        self._length, self._pieces = length, pieces
-
-    def __len__(self):
-        return self._length
-
-    def __iter__(self):
-        return self._pieces
+    """Another pool member is to have the request: stream.endpoint leads there by now."""
 
 
 def make_adapter(stream):
@@ -2177,14 +2047,11 @@ def make_adapter(stream):
     import urllib3
 
     class Connection(urllib3.connection.HTTPConnection):
-        def __init__(self, *args, **options):
-            self.stream = options.pop("stream")
-            super().__init__(*args, **options)
-            self.response_class = self.stream.response
+        response_class: Any = stream.response
 
         def connect(self):
             try:
-                self.sock = self.stream.endpoint.open_socket(None, self.stream)
+                self.sock = stream.endpoint.open_socket(None, stream)
             except OSError as error:  # of which urllib3 passes over some
                 raise http.client.NotConnected(error) from None
 
@@ -2193,7 +2060,7 @@ def make_adapter(stream):
 
     class Adapter(requests.adapters.HTTPAdapter):
         def get_connection_with_tls_context(self, *_args, **_options):
-            return Pool("xapi", stream=stream)
+            return Pool("xapi")
 
         get_connection = get_connection_with_tls_context  # its name before requests 2.32
 
@@ -2216,18 +2083,18 @@ class Stream:
     verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
 
     query: without session_id and task_id; until send() it may be completed. endpoint: another than
-    the session's.
+    the session's. at_work: whether the host may be at work on the task. result: the refs of what
+    an import made, once verdict() was True.
     """
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
         self.xapi, self.watch, self.activity = xapi, xapi.watch, activity
-        self._path, self._query, self._put = path, query, put
-        self.endpoint = endpoint or xapi.endpoint
+        self._path, self._query, self._put, self.endpoint = path, query, put, endpoint
         self.task = self.sock = self._answer = self._body = None
-        self.begun = self.ended = False
-        self.reason = None  # why it was given up
-        self.received, self.result = 0, []
-        self._touched = self._answered = self._moved = self._asked = time.monotonic()
+        self.at_work, self.result, self._hops = False, [], 0
+        self._reason = None  # why it was given up
+        self._name = "the %s's task" % ("import" if put else "export")
+        self._asked = self._answered = time.monotonic()
 
     def __enter__(self):
         self.watch.check()
@@ -2244,55 +2111,56 @@ class Stream:
 
     def _make_task(self):
         self.task = self.xapi.call("task.create", "vmbackup: " + self.activity.label, "")
+        self.endpoint = self.endpoint or self.xapi.endpoint
 
     def _open(self):
         """Opens a GET, following redirects to pool members; logs in anew once after 401.
 
         Raises XapiError with the task's own reason where the host gives one.
         """
-        renewed, hops = False, 0
-        while True:
-            self.watch.check()
+        status, renewed = None, False
+        while status != 200:
             try:
                 status = self._request("GET")
-            except Elsewhere as elsewhere:
-                hops += 1
-                if hops > 5:
-                    raise BackupError("the hosts send each other the request in a circle") from None
-                self.endpoint = self.xapi.at(elsewhere.location)
+            except Elsewhere:
                 continue
             except ConnectionLost as error:
                 raise self.failure() or error from None
-            if status == 200:
-                self.begun = True
-                return
-            if status != 401 or renewed:
+            if status == 401 and not renewed:
+                self._disconnect()
+                renewed, self.endpoint = True, None
+                with contextlib.suppress(XapiError):
+                    self.xapi.call("task.destroy", self.task)  # it logs in if the session is gone
+                self._make_task()
+            elif status != 200:
                 raise self._refusal(status)
-            self._disconnect()
-            renewed, self.endpoint = True, self.xapi.endpoint
-            self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
-            with contextlib.suppress(XapiError):
-                self.xapi.call("task.destroy", self.task)
-            self._make_task()
+        self.at_work = True
 
-    def _request(self, method, body=None):
+    def _request(self, method, body=None, length=0):
         """Sends the request and waits for the head, however long the host takes. Returns the
         status; raises ConnectionLost, or Elsewhere for a redirect, which keeps path and query."""
         import requests
 
+        self.watch.check()
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
         url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
         headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
-        request = requests.Request(method, url, headers, data=body).prepare()
+        request = requests.Request(method, url, headers).prepare()
+        if body is not None:
+            request.body, request.headers["Content-Length"] = body, str(length)
         try:
             self._answer = answer = make_adapter(self).send(request, stream=True)
         except BROKEN as error:
             raise self._lost(error) from None
-        self._touched = time.monotonic()
+        self.activity.note(0)
         location = answer.headers.get("Location", "")
         if answer.status_code in (301, 302, 307, 308) and location:
             self._disconnect()
-            raise Elsewhere("/".join(location.split("?")[0].split("/")[:3]))
+            self.at_work, self._hops = False, self._hops + 1
+            if self._hops > 5:
+                raise BackupError("the hosts send each other the request in a circle")
+            self.endpoint = self.xapi.at("/".join(location.split("?")[0].split("/")[:3]))
+            raise Elsewhere(["REDIRECT"])
         return answer.status_code
 
     def response(self, *args, **options):
@@ -2306,118 +2174,99 @@ class Stream:
         view = memoryview(bytearray(16384))
         with contextlib.suppress(OSError, BackupError):
             self.sock.settimeout(CONNECT_TIMEOUT)
-            self._read(view)
+            self.readinto(view)
         told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?",
                          bytes(view).decode("utf-8", "replace"), re.S)
         details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
-        return self.failure() or told_error(details or ["HTTP_%d" % status], self.xapi.handle,
-                                            "the host answered %d" % status)
-
-    def _read(self, view):
-        try:
-            count = self._body.readinto(view)
-        except BROKEN + (ValueError,) as error:
-            raise self._lost(error) from None
-        if self.reason or self.watch.signum:  # the end may be that of a socket that was shut
-            raise self._lost(None)
-        return count
+        return self.failure() or XapiError(details or ["HTTP_%d" % status],
+                                           "the host answered %d" % status)
 
     def _lost(self, error):
         """What ended the connection; Interrupted if it was a stop."""
         self.watch.check()
-        return GivenUp(self.reason) if self.reason else ConnectionLost(innermost(error))
+        return ConnectionLost(self._reason or innermost(error))
 
     def readinto(self, view):
         """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
-        count = self._read(view)
-        self.received += count
-        self.note(count)
+        try:
+            count = self._body.readinto(view)
+        except BROKEN as error:
+            raise self._lost(error) from None
+        if self._reason or self.watch.signum:  # the end may be that of a socket that was shut
+            raise self._lost(None)
+        self.activity.note(count)
         self.watch.throttle(count)
         return count
 
-    def note(self, count):
-        """Counts bytes that went either way."""
-        self.activity.note(count)
-        self._touched = self.activity.touched
+    def send(self, pieces, length):
+        """Uploads `length` bytes, an iterator of pieces.
 
-    def send(self, body):
-        """Uploads len(body) bytes, the pieces of iter(body).
-
-        Raises what the body raises, and where the host refuses before it began anything XapiError,
-        or Elsewhere: then it may be called again. However the connection ends after that, the task
-        has the only say: the host answers before it reads, and reads no more than it wants.
+        Raises what the pieces raise, but for OSErrors, and where the host refuses before it began
+        anything XapiError, or Elsewhere: then it may be called again. However the connection ends
+        after that, the task has the only say: the host answers before it reads, and reads no more
+        than it wants.
         """
-        with contextlib.closing(self._pieces(body)) as pieces:
-            try:
-                status = self._request("PUT", Body(len(body), pieces))
-                if status != 200:
-                    raise self._refusal(status)
-                while self._read(memoryview(bytearray(16384))):
-                    pass  # it closes when its task has ended
-            except ConnectionLost:
-                if self.reason or not self.begun:
-                    raise
-            except XapiError:
-                self.begun = False
+        try:
+            status = self._request("PUT", self._counted(pieces), length)
+            if status != 200:
+                raise self._refusal(status)
+            while self.readinto(memoryview(bytearray(16384))):
+                pass  # it closes when its task has ended
+        except ConnectionLost:
+            if self._reason or not self.at_work:
                 raise
+        except XapiError:
+            self.at_work = False
+            raise
 
-    def _pieces(self, body):
-        """The body's pieces, counted, at the rate, and its errors told from the connection's."""
-        pieces, self.begun = iter(body), True
-        while True:
+    def _counted(self, pieces):
+        """The pieces, counted and at the rate."""
+        self.at_work = True
+        for piece in pieces:
             self.watch.check()
-            try:
-                piece = next(pieces, None)
-            except OSError as error:
-                raise BackupError(describe(error)) from error
-            if piece is None:
-                return
             self.watch.throttle(len(piece))
             yield piece
-            self.note(len(piece))
+            self.activity.note(len(piece))
 
     def ask(self):
         """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
         is there or nothing moves; called once a second by the helper thread."""
-        now, ended = time.monotonic(), False
+        now = time.monotonic()
         if now - self._asked < SILENCE:
             return
         self._asked = now
         try:
-            record = self.xapi.ask("task.get_record", self.task)
-            ended, fraction = record["status"] != "pending", float(record.get("progress") or 0)
+            fraction = float(self.xapi.ask("task.get_record", self.task)["progress"])
             if fraction != self.activity.fraction:
-                self.activity.fraction, self._moved = fraction, now
+                self.activity.fraction = fraction
+                self.activity.note(0)
             self._answered = now
         except ConnectionLost:
-            if now - max(self._touched, self._answered) > DEAD_AFTER:
+            if now - max(self.activity.touched, self._answered) > DEAD_AFTER:
                 self.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
         except XapiError:
-            ended, self._answered = True, now
-        if ended and now - self._touched > LINGER:
-            self.abort("the task has ended but the stream stays open and silent")
-        if now - max(self._touched, self._moved) > STALLED:
+            self._answered = now  # the task is gone, the host is not
+        if now - self.activity.touched > STALLED:
             self.abort("for %s neither a byte came nor the task moved on" % time_text(STALLED))
 
     def abort(self, reason=None):
         """Ends whatever the stream is at, in whatever thread."""
-        self.reason = self.reason or reason
+        self._reason = self._reason or reason
         shut(self.sock)
 
     def _end(self, patience, heed=True):
         """The task's record once it has ended, None if it is gone; see wait_for."""
-        late = "the stream ended but its task did not"
-        record = self.xapi.wait_for(self.task, patience, late, heed)
-        self.ended = True
+        record = self.xapi.wait_for(self.task, patience, self._name, heed)
+        self.at_work = False
         return record
 
     def failure(self):
         """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
         task of an early failure may stay pending for ever, see xapi_http.ml)."""
         with contextlib.suppress(XapiError):
-            record = None if self.reason else self._end(FAILURE_ENDS)
+            record = None if self._reason else self._end(FAILURE_ENDS)
             if record and record["status"] != "success":
-                return told_error(record["error_info"], self.xapi.handle)
+                return XapiError(record["error_info"])
         return None
 
     def verdict(self):
@@ -2427,8 +2276,7 @@ class Stream:
         if record is None:
             return False
         if record["status"] != "success":
-            doing = "the %s's task failed" % ("import" if self._put else "export")
-            raise told_error(record["error_info"], self.xapi.handle, doing)
+            raise XapiError(record["error_info"], self._name + " failed")
         self.result = re.findall(r"OpaqueRef:[\w-]+", record["result"])
         return True
 
@@ -2440,14 +2288,14 @@ class Stream:
     def __exit__(self, *_error):
         self.watch.streams.discard(self)
         self._disconnect()
-        if self.begun and not self.ended:
+        if self.at_work:
             with contextlib.suppress(BackupError):
                 self.xapi.call("task.cancel", self.task)
+        if self.at_work and self._put:
             with contextlib.suppress(BackupError):
-                if self._put:
-                    self._end(IMPORT_ENDS, False)
-        with contextlib.suppress(BackupError):
-            if self.task:
+                self._end(IMPORT_ENDS, False)
+        if self.task:
+            with contextlib.suppress(BackupError):
                 self.xapi.call("task.destroy", self.task)
 
 
@@ -2469,20 +2317,19 @@ def ring(readinto):
         yield buffer[:count]
 
 
-def fan_out(pieces, *consumers):
+def fan_out(pieces, *consumers, abort=None):
     """Gives all pieces of a ring to each consumer(pieces), each in a thread of its own, while the
     next piece is read: network, hash, proof and disk overlap (all release the GIL). The last one
     is told of the end when the others have ended well: it may hold back what they vouch for.
     Returns the list of their results. The first error ends all and is raised when no thread is
-    left."""
+    left; a consumer's calls abort(), for the next piece may be long in coming."""
     errors = []
-    lanes = [(queue.Queue(), threading.Semaphore(BUFFERS)) for _ in consumers]
+    # One piece is being read and one with the consumer: so many may wait.
+    lanes = [queue.Queue(BUFFERS - 2) for _ in consumers]
 
-    def lane(consumer, waiting, room):
+    def lane(consumer, waiting):
         def given():
-            for piece in iter(waiting.get, None):
-                yield piece
-                room.release()
+            yield from iter(waiting.get, None)
             if errors:  # then this is not the end of the export
                 raise errors[0]
 
@@ -2491,83 +2338,70 @@ def fan_out(pieces, *consumers):
             return consumer(source)
         except BaseException as error:
             errors.append(error)
+            if abort:
+                abort()
         finally:
             with contextlib.suppress(BaseException):
                 for _ in source:  # or the reader would wait for room
                     pass
 
     with ThreadPoolExecutor(len(consumers)) as threads:
-        jobs = [threads.submit(lane, consumer, *each) for consumer, each in zip(consumers, lanes)]
+        jobs = [threads.submit(lane, *each) for each in zip(consumers, lanes)]
         try:
-            source = iter(pieces)
-            while not errors:
-                for _, room in lanes:  # with it, no lane has a piece of the buffer that comes next
-                    room.acquire()
-                piece = next(source, None)
-                if piece is None:
-                    break
-                for waiting, _ in lanes:
+            for piece in pieces:
+                for waiting in lanes:
                     waiting.put(piece)
+                if errors:
+                    break
         except BaseException as error:
-            errors.insert(0, error)  # a stop counts more than what it did to the consumers
+            at = 0 if isinstance(error, Interrupted) else len(errors)  # a stop counts most
+            errors.insert(at, error)
         finally:
-            for waiting, _ in lanes[:-1]:
+            for waiting in lanes[:-1]:
                 waiting.put(None)
             wait(jobs[:-1])
-            lanes[-1][0].put(None)
+            lanes[-1].put(None)
     if errors:
         raise errors[0]
     return [job.result() for job in jobs]
 
 
-class FileWriter:
-    """Writes a new file of mode 0600 and keeps the host's page cache clean of it. A context
-    manager: finish() flushes the file to disk, leaving without it does not.
+def new_file(name, dir_fd):
+    """The descriptor of a new file of mode 0600. OSError if anything has that name."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(native(name), flags, 0o600, dir_fd=dir_fd)
 
-    Every 64 MiB a helper thread flushes what was written and drops it from the cache, so that at
-    most two such windows are dirty: the file is not read again, dom0's memory is small, and the
-    final fsync has little left to do. Measured: 1.6 s/GiB against 2.1 without, the same CPU, and
-    no gain from windows of 8 to 32 MiB. O_DIRECT saves 0.1 to 0.3 CPU s/GiB, but would wait
-    for a file server at every write.
-    """
 
-    def __init__(self, name, dir_fd):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(native(name), flags, 0o600, dir_fd=dir_fd)
-        self._written = self._synced = 0
-        self._helper, self._flushed = ThreadPoolExecutor(1), None
+def write_all(name, dir_fd, pieces):
+    """Writes a new file, flushed to disk, and returns the number of its bytes.
 
-    def write_all(self, pieces):
-        """Writes them all; returns the number of bytes."""
-        for view in pieces:
-            while len(view):
-                count = os.write(self._fd, view)
-                view = view[count:]
-                self._written += count
-            if self._written - self._synced >= SYNC_EVERY:
-                if self._flushed:
-                    self._flushed.result()
-                self._flushed = self._helper.submit(self._flush, self._synced, self._written)
-                self._synced = self._written
-        return self._written
+    Every 64 MiB a helper thread flushes what was written and drops it from the page cache, so that
+    at most two such windows are dirty: dom0's memory is small, and the last flush has little left
+    to do. Measured: 1.6 s/GiB against 2.1 without, the same CPU; smaller windows gain nothing, and
+    O_DIRECT would wait for a file server at every write."""
+    written = synced = 0
+    fd = new_file(name, dir_fd)
 
-    def _flush(self, start, end):
-        os.fdatasync(self._fd)
-        os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
+    def flush(start, end):
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
-    def finish(self):
-        """Returns when all is safely on disk; raises OSError if it is not."""
-        if self._flushed:
-            self._flushed.result()
-        os.fsync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
-        self._helper.shutdown()
-        os.close(self._fd)
+    try:
+        with ThreadPoolExecutor(1) as helper:
+            flushed = helper.submit(flush, 0, 0)
+            for view in pieces:
+                while len(view):
+                    count = os.write(fd, view)
+                    view = view[count:]
+                    written += count
+                if written - synced >= SYNC_EVERY:
+                    flushed.result()
+                    flushed, synced = helper.submit(flush, synced, written), written
+            flushed.result()
+        flush(0, written)
+    finally:
+        os.close(fd)
+    return written
 
 
 def hash_all(pieces):
@@ -2596,18 +2430,18 @@ def save(stream, name, dir_fd, prove):
     """Streams a Stream (entered here) into a new file in the folder dir_fd, proved whole by
     prove(pieces) and the task, and flushed to disk; returns Saved. Raises BackupError or OSError:
     then the file is no export."""
-    with stream, FileWriter(name, dir_fd) as writer:
+    with stream:
         begin = time.monotonic()
         try:
             size, digest, checks = fan_out(
-                ring(stream.readinto), writer.write_all, hash_all, prove)
+                ring(stream.readinto), functools.partial(write_all, name, dir_fd), hash_all, prove,
+                abort=stream.abort)
         except (ArchiveError, ConnectionLost) as error:
             told = stream.failure()
             raise BackupError("the export is not whole: %s%s" % (
                 error, "; the host says: %s" % told if told else "")) from None
-        known = stream.verdict()
-        writer.finish()
         seconds = time.monotonic() - begin
+        known = stream.verdict()
     return Saved(size, digest, ["sha256"] + ["task"] * known + checks, known, seconds)
 
 
@@ -2632,6 +2466,7 @@ ABANDONED_AFTER = 900  # seconds since the last touch after which another machin
 TOKEN = re.compile(r"([^,\s/]+),([^,\s/]+),([0-9]+),([0-9]+),([0-9a-f]{32})")
 NAME_REFUSED = (errno.EINVAL, errno.EPROTO)  # how file servers refuse a name with a colon
 BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
+UNKNOWN = ("CONNECTION_LOST", "TASK_TIMEOUT", "HANDLE_INVALID", "SESSION_INVALID")
 GONE_FOR_NOW = ("CONNECTION_LOST", "SESSION_INVALID", "HOST_STILL_BOOTING")
 # Refusals that only a snapshot meets: a halted VM can be exported as it is all the same.
 ONLY_SNAPSHOTS = ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "SR_OPERATION_NOT_SUPPORTED",
@@ -2862,7 +2697,9 @@ class Snapshot:
             self.ref = self._take()
             self.record = self._prove(self.ref, known)
         except (BackupError, Interrupted) as error:
-            self._look_for_lost(known)
+            # Of a disk only where the outcome is not known: its snapshot bears no mark yet.
+            if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
+                self._look_for_lost(known)
             if not isinstance(error, XapiError) or not exports_as_it_is(
                     self._plan, self._xapi.call("VM.get_record", self._plan.ref), error):
                 raise
@@ -2982,10 +2819,14 @@ class Snapshot:
             return
         for self._made, record in found.items():
             self.destroy(self._kind, self._made, record, self._source, self._name)
+        self._made = None
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
         those with our name; of a disk, which bears no mark yet, those that no VM has."""
+        vm = self._xapi.call("VM.get_record", self._plan.ref)
+        if not self.of_vm and vm["current_operations"]:  # it may get a VM's disks in a moment
+            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
         new = [ref for ref in self._xapi.call(self._kind + ".get_snapshots", self._source)
                if ref not in known]
         return {ref: record for ref, record in self._xapi.records(self._kind, new).items()
@@ -3017,6 +2858,8 @@ class Snapshot:
         if record is None:
             return
         mine = ref == self._made and record["is_a_snapshot"] and record["snapshot_of"] == source
+        if self.ref is None and not self.of_vm:  # found, not told by the host
+            mine = mine and not record["VBDs"]
         if not mine and not is_ours(record, source, our_name):
             raise Refused("it is not this program's snapshot: left alone")
         if record.get("current_operations"):
@@ -3080,7 +2923,9 @@ class Lock:
     """
 
     def __init__(self, top, name, kind="lock", shared=False):
-        self._top, self._file = top, native(".%s.%s" % (name, kind))
+        # The backup's lock of a VM called web.read must not be the readers' lock of web.
+        name_there = re.sub(r"(\.read~*)\Z", r"\1~", name)
+        self._top, self._file = top, native(".%s.%s" % (name_there, kind))
         self.supported = True
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
@@ -3143,13 +2988,23 @@ def _started(pid):
     return None
 
 
-def lives(token, own, age):
-    """Whether the run that a token names may still be at work: its process lives here, or it is on
-    another machine (or was before a reboot) and touched its file in the last minutes."""
-    host, boot, pid, start, _ = token
-    if [host, boot] == own.split(",")[:2]:
-        return _started(pid) == start
-    return age < ABANDONED_AFTER
+def writer_of(vm_fd, name, own, now):
+    """Who may still be writing an unfinished backup, in words, or "". own: this run's token.
+
+    A process of this machine lives or not; another machine's (or one of before a reboot) may do so
+    while the file, or at its very beginning the folder, was touched in the last minutes.
+    """
+    found, age = TOKEN.match(name[1:]), 0
+    with contextlib.suppress(OSError, BackupError), opened(name, vm_fd) as fd:
+        age = now - os.fstat(fd).st_mtime
+        age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
+        found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or found
+    if found is None:
+        return ""
+    host, boot, pid, start, _ = found.groups()
+    here = [host, boot] == own.split(",")[:2]
+    lives = _started(pid) == start if here else age < ABANDONED_AFTER
+    return "being written by process %s on %s" % (pid, host) if lives else ""
 
 
 def open_vm_folder(name, top):
@@ -3209,7 +3064,7 @@ class Target:
         for item in scan(self._vm_fd, self._patterns, self._vm):
             begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
             if begun or (item.unfinished and item.created is not None):
-                self._clear_one(item.name, begun)
+                self._clear_one(item.name)
             elif item.created is None or not item.marker:
                 foreign.append(item.name)
         for name in foreign[:5]:
@@ -3217,15 +3072,10 @@ class Target:
         if foreign[5:]:
             self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
 
-    def _clear_one(self, name, begun):
-        token, age = begun, 0
-        with contextlib.suppress(OSError, BackupError), opened(name, self._vm_fd) as fd:
-            touched = os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
-            token = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or begun
-            age = self._lock.now() - touched
-        if token and lives(token.groups(), self._token, age):
-            self._outcome.warn("%s is being written by process %s on %s: left alone" % (
-                name, token.group(3), token.group(1)))
+    def _clear_one(self, name):
+        writer = writer_of(self._vm_fd, name, self._token, self._lock.now())
+        if writer:
+            self._outcome.warn("%s is %s: left alone" % (name, writer))
         else:
             self._outcome.say("removing the unfinished backup %s" % name)
             self._remove(name)
@@ -3240,18 +3090,19 @@ class Target:
 
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
-        folders = scan(self._vm_fd, self._patterns, self._vm)
-        doomed = expired(folders, policy, self.name, uuid, pre_clean)
         try:
+            folders = scan(self._vm_fd, self._patterns, self._vm)
+            doomed = expired(folders, policy, self.name, uuid, pre_clean)
+            if not doomed:
+                return
             with Lock(self._top, self._lock_name, "read.lock"):
                 for name in doomed:
                     self._outcome.say("deleting the oldest backup %s" % name)
                     if self._remove(name):
                         self._outcome.pruned.append(name)
-        except LockedError as error:
-            if doomed:
-                self._outcome.warn("a restore reads this VM's backups, none is deleted this time:"
-                                   " %s" % error)
+        except (OSError, LockedError) as error:
+            self._outcome.warn("old backups of this VM are not deleted this time: %s"
+                               % describe(error))
 
     def begin(self, pattern):
         """Makes the folder of the new backup: under a name that tells its run, then renamed, so
@@ -3276,10 +3127,11 @@ class Target:
 
     def touch(self):
         """Tells the runs of other machines that this one is at work: called once a second."""
-        if self._unfinished is not None and time.monotonic() - self._touched > TOUCH_EVERY:
+        fd = self.fd
+        if fd is not None and time.monotonic() - self._touched > TOUCH_EVERY:
             self._touched = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.utime(self._unfinished)
+            with contextlib.suppress(OSError):  # published meanwhile
+                os.utime(UNFINISHED, dir_fd=fd, follow_symlinks=False)
 
     def _create(self, name, data, dir_fd=None):
         """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
@@ -3316,9 +3168,10 @@ class Target:
         os.close(self._create("SHA256SUMS", utf8("".join(lines))))
         for fd in list(self._subfolders.values()) + [self.fd]:
             sync(fd)
-        existing = backups(scan(self._vm_fd, self._patterns, self._vm))
-        newest = existing[-1].created if existing else 0
-        created = max(int(time.time()), int(newest) + 1)  # rises even if the clock was set back
+        now = int(time.time())  # what lies far ahead of it is of a wrong clock, and no measure
+        earlier = [item.created for item in backups(scan(self._vm_fd, self._patterns, self._vm))
+                   if item.created < now + AHEAD]
+        created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
         path = os.path.join(backup_dir, self._vm, self.name)
         if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
                 UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
@@ -3349,6 +3202,7 @@ class Target:
             self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
         finally:
             descriptors = list(self._subfolders.values()) + [self._unfinished, self.fd, self._vm_fd]
+            self.fd = None
             for fd in descriptors:
                 if fd is not None:
                     os.close(fd)
@@ -3787,14 +3641,18 @@ def _preview_vm(run, choice, pool):
             folders = scan(vm_fd, run.patterns, name)
         plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, pool.probe,
                        pool.srs)
-        for old in plan.doomed:
-            with opened(old, vm_fd) as fd:
-                why = judge(fd, name)[1]
+        begun = [item.name for item in folders if item.created is not None and item.unfinished]
+        for old in plan.doomed + begun:
+            try:
+                with opened(old, vm_fd) as fd:
+                    why = judge(fd, name)[1]
+            except OSError as error:
+                why = describe(error)
+            why = why or old in begun and writer_of(vm_fd, old, new_token(), time.time())
             warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
     told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), rules_text(plan.policy))
             ] if plan.doomed else []
-    told += ["would remove the unfinished backup %s" % item.name for item in folders
-             if item.created is not None and item.unfinished]
+    told += ["would remove the unfinished backup %s" % old for old in begun]
     told += left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
     isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
     warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
@@ -3965,8 +3823,9 @@ class Run:
         earlier = outcome.error
         if not earlier:
             self.status(choice.kind, "begin", choice.name)
-        with outcome.recorded(self.watch), self.watch.activity(label) as activity:
-            back_up_vm(self, xapi, choice, outcome, activity)
+        if not (self.watch.signum and earlier):  # after a stop no failed one is begun again
+            with outcome.recorded(self.watch), self.watch.activity(label) as activity:
+                back_up_vm(self, xapi, choice, outcome, activity)
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
             return True
@@ -3993,8 +3852,9 @@ class Run:
         if self.watch.signum and not outcome.attempts:
             outcome.skipped = True
             return False
-        with outcome.recorded(self.watch), self.watch.activity("pool database") as activity:
-            self._dump(xapi, outcome, activity)
+        if not (self.watch.signum and outcome.attempts):
+            with outcome.recorded(self.watch), self.watch.activity("pool database") as activity:
+                self._dump(xapi, outcome, activity)
         if outcome.error:
             again = tries_left and not outcome.final and not self.watch.signum
             self.log("***ERROR - pool database backup failed%s: %s" % (
@@ -4154,8 +4014,8 @@ def parse_restore(words):
         else:
             names = ["preview", "backup=", "sr=", "as=", "preserve=True"] + list(KNOWN)
             raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
-    if is_config != bool(wish["vm"]) or wish["backup"] and not is_config:
-        raise ConfigError("ERROR - missing is the name of the VM" if is_config else
+    if is_config and not wish["vm"] or wish["backup"] and not is_config:
+        raise ConfigError("ERROR - the VM's name is missing" if is_config else
                           "ERROR - backup= goes with a config file and a VM's name")
     wish["settings"] = make_settings(load_config(path) if is_config else [], pairs)
     return wish
@@ -4265,11 +4125,8 @@ def held_back(source):
     start = max(source.size - HELD_BACK, 0) // 512 * 512
     tail = os.pread(source.file.fileno(), source.size - start, start)
     end = max(tail.rfind(b".xxhash\0"), tail.rfind(b".checksum\0"))  # the chunk's name before it
-    far = end > 0 and tail[end // 512 * 512 : end] + b"\0" not in tail
-    return LONGEST_CHUNK if far and source.file_name.endswith(".xva") else HELD_BACK
-
-
-# --- what will be made ---
+    near = end > 0 and tail[end // 512 * 512 : end] + b"\0" in tail
+    return HELD_BACK if near or not source.file_name.endswith(".xva") else LONGEST_CHUNK
 
 
 def plan_restore(wish, source, xapi, pool, log):
@@ -4283,11 +4140,14 @@ def plan_restore(wish, source, xapi, pool, log):
            for ref, sr in xapi.all("SR").items() if hosts[ref] and sr["content_type"] != "iso"}
     ref = choose_sr(wish["sr"], source, pool, srs)
     plan = types.SimpleNamespace(pool=pool, sr=ref, preserve=wish["preserve"].lower(), names=[],
+                                 kin=[], length=source.size,
                                  host=None if pool["master"] in hosts[ref] else hosts[ref][0])
-    others, networks, plan.kin = xapi.all(source.kind), [], []
+    others, networks = xapi.all(source.kind), []
     if source.form:
         told = int.from_bytes(os.pread(source.file.fileno(), 8, 48), "big")  # a VHD's own size
         plan.sizes = [told if source.form == "vhd" else source.disk_size or source.size]
+        if source.form == "raw":  # the file may be longer than its disk, by zeros
+            plan.length = min(source.size, plan.sizes[0])
     else:
         version, ova, disks = read_ova(source)
         (archived,) = ova["VM"].values()
@@ -4308,10 +4168,10 @@ def plan_restore(wish, source, xapi, pool, log):
         size_text(sum(plan.sizes)), size_text(srs[ref]["free"])))
     if sum(plan.sizes) > srs[ref]["free"]:
         log("***WARNING - that may not fit")
-    there = xapi.all("network").values()
+    there = {name for other in xapi.all("network").values()
+             for name in (other["name_label"], other["bridge"])}
     for network in networks:
-        if not any(network[key] == other[key] for other in there
-                   for key in ("name_label", "bridge")):
+        if not there.intersection((network["name_label"], network["bridge"])):
             log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
                 % network["name_label"])
     return plan
@@ -4367,13 +4227,13 @@ def choose_name(wanted, name, source, others):
 
 def carry_out(xapi, source, plan, activity, log):
     """Makes what was planned and returns its uuid. If it fails, nothing that it made is left."""
-    path, query = "/import", {"sr_id": plan.sr, "restore": plan.preserve}
-    if source.form:
-        path, query = "/import_raw_vdi", {"format": source.form}
+    query = {"format": source.form} if source.form else {
+        "sr_id": plan.sr, "restore": plan.preserve}
     endpoint = xapi.at(xapi.call("host.get_address", plan.host)) if plan.host else xapi.master()
-    place, lock, length = None, None, source.size
+    lock = None
     try:
-        with Stream(xapi, path, query, activity, endpoint, put=True) as stream:
+        with Stream(xapi, "/import_raw_vdi" if source.form else "/import", query, activity,
+                    endpoint, put=True) as stream:
             task = xapi.call("task.get_record", stream.task)
             facts = {"pool": plan.pool["uuid"], "task": stream.task, "names": plan.names,
                      "created": moment_of(task["created"]), "disks": len(plan.sizes),
@@ -4386,27 +4246,25 @@ def carry_out(xapi, source, plan, activity, log):
                     "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
                     "virtual_size": str(plan.sizes[0]), "sharable": False, "read_only": False,
                     "other_config": {"import_task": stream.task}})  # as XAPI marks what it imports
-            if source.form == "raw":  # the file may be longer than its disk, by zeros
-                length = min(length, int(xapi.call("VDI.get_virtual_size", query["vdi"])))
-            activity.doing, activity.expected = "import", length
-            send(xapi, source, stream, length, log)
+            activity.doing, activity.expected = "import", plan.length
+            send(xapi, source, stream, plan.length, log)
         made = marked(xapi.all(source.kind), stream.task)
         if list(made) != stream.result:
             raise BackupError("the host tells of another object than it made")
         xapi.watch.check()
         ((ref, record),) = made.items()
         finish(xapi, source, plan, ref, record, log)
-    except BaseException as error:
-        debug(error, log)
-        if lock:
+    except BaseException:
+        if lock is not None:
             os.close(lock)
-            sweep(xapi, place, plan.pool["uuid"], log)
+            with contextlib.suppress(OSError):  # then the next restore does it
+                sweep(xapi, place, plan.pool["uuid"], log)
         raise
     os.unlink(name, dir_fd=place)
     return record["uuid"]
 
 
-def send(xapi, source, stream, length, log, hops=5):
+def send(xapi, source, stream, length, log):
     """Sends `length` bytes of the export, the last ones when all is proved; returns when the host
     tells that it has imported it."""
     proof, held = threading.Event(), held_back(source)
@@ -4416,18 +4274,17 @@ def send(xapi, source, stream, length, log, hops=5):
             raise ArchiveError("it does not match SHA256SUMS")
 
     def guarded(pieces):
-        tail, left, free = bytearray(), length, max(length - held, 0)
+        tail, left, free = [], length, max(length - held, 0)
         for piece in pieces:
             piece = piece[:left]
             yield piece[:free]
-            tail += piece[free:]
+            tail += [bytes(piece[free:])] * (len(piece) > free)
             left, free = left - len(piece), max(free - len(piece), 0)
         proof.set()  # fan_out tells this consumer of the end when the others have proved all
-        for at in range(0, len(tail), MIB):
-            yield tail[at : at + MIB]
+        yield from tail
 
     def upload(pieces):
-        stream.send(Body(length, guarded(pieces)))
+        stream.send(guarded(pieces), length)
         if not stream.verdict():
             raise BackupError("the host lost the task of the import")
         if not proof.is_set():
@@ -4435,13 +4292,12 @@ def send(xapi, source, stream, length, log, hops=5):
 
     source.file.seek(0)
     try:
+        if not length:
+            raise ArchiveError("it is empty")
         _, proved, _ = fan_out(ring(source.file.readinto), compare,
                                prover(source.file_name, source.disk_size), upload)
-    except Elsewhere as elsewhere:
-        if not hops:
-            raise
-        stream.endpoint = xapi.at(elsewhere.location)
-        send(xapi, source, stream, length, log, hops - 1)
+    except Elsewhere:
+        send(xapi, source, stream, length, log)
         return
     except ArchiveError as error:
         raise ArchiveError("%s is damaged, it was not imported: %s" % (
@@ -4593,10 +4449,9 @@ def clear(xapi, facts):
 
 # ============================== list and check ==============================
 
-# What the disk tells of a VM: its name, the path of its folder, the Folders in that, or an error.
-Shelf = collections.namedtuple("Shelf", "vm path found error")
+# What the disk tells of a VM: its name, that of its folder, the Folders in that, or an error.
+Shelf = collections.namedtuple("Shelf", "vm folder found error")
 AGES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
-AHEAD = 3600  # seconds by which clocks may differ
 FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps gone
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
@@ -4616,48 +4471,39 @@ def take_stock(top, settings, watch):
     """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
     backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
-    above, shelves = os.path.dirname(top), []
+    (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
+        single = None if settings else _shelf(fd, folder, patterns)
+        if single and single.found:
+            return [single], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
                 with opened(name, fd) as vm_fd:
-                    shelves.append(_shelf(vm_fd, os.path.join(top, name), patterns))
+                    shelves.append(_shelf(vm_fd, name, patterns))
             except OSError as error:
                 if error.errno != errno.ENOTDIR and name != "lost+found":
-                    shelves.append(Shelf(vm_name(name), os.path.join(top, name), [],
-                                         describe(error)))
-        if not settings and not any(item.found for item in shelves):
-            single = _shelf(fd, top, patterns)
-            if not single.found and read_marker(fd, os.listdir(fd))[0]:
-                with opened(above) as vm_fd:
-                    single = _shelf(vm_fd, above, patterns)
-                single = single._replace(found=[
-                    item for item in single.found if item.name == os.path.basename(top)])
-            if single.found:
-                return [single], True
-    shelves = [item for item in shelves if item.found or item.error]
+                    shelves.append(Shelf(vm_name(name), name, [], describe(error)))
+        shelves = [item for item in shelves if item.found or item.error]
+        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
+            with opened(above) as vm_fd:
+                single = _shelf(vm_fd, os.path.basename(above), patterns)
+            return [single._replace(found=[x for x in single.found if x.name == folder])], True
     names = collections.Counter(item.vm for item in shelves)
-    for number, item in enumerate(shelves):
-        folder = from_argv(os.path.basename(item.path))
-        if names[item.vm] > 1 and folder != folder_name(item.vm):  # it was renamed
-            shelves[number] = item._replace(vm="%s (in %s)" % (item.vm, folder))
-    return shelves, False
+    return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
+            item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
+            for item in shelves], False
 
 
-def _shelf(vm_fd, path, patterns):
-    folder = os.path.basename(path)
+def _shelf(vm_fd, folder, patterns):
     found = sorted(scan(vm_fd, patterns, folder), key=lambda item: item.name)
     label = "".join(item.label for item in backups(found)[-1:])
-    known = any(item.created is not None or item.marker for item in found)
-    return Shelf(label or vm_name(folder), path, found if known else [], "")
+    dated = any(item.created is not None for item in found)
+    return Shelf(label or vm_name(folder), folder, found if dated else [], "")
 
 
-def shelves_of(shelves, vm):
-    """Those of the Shelves that are a VM's, by its name or that of its folder."""
-    names = [nfc(native(name)) for name in (folder_name(vm), vm)]
-    return [item for item in shelves
-            if vm == item.vm or nfc(os.path.basename(item.path)) in names]
+def _named(shelves, vm):
+    return [item for item in shelves if vm == item.vm or native(folder_name(vm)) == item.folder]
 
 
 def _chosen(settings, shelves, watch):
@@ -4672,7 +4518,7 @@ def _odd(item):
     return [text for text in (
         item.error and "unreadable: " + item.error, item.unfinished and "unfinished",
         alien and "foreign", item.foreign and "foreign: " + printable(item.foreign),
-        item.marker and not item.size and "no export", item.pinned and "pinned",
+        item.marker and not whole(item) and "no export", item.pinned and "pinned",
         (item.created or 0) > time.time() + AHEAD and "from the future") if text]
 
 
@@ -4715,7 +4561,7 @@ def list_command(words, log, watch):
                           % words[2])
     top, settings = watch.do(open_shelf, words[0])
     every, single = watch.do(take_stock, top, settings, watch)
-    shelves = shelves_of(every, words[1]) if len(words) > 1 else every
+    shelves = _named(every, words[1]) if len(words) > 1 else every
     good = [item for shelf in shelves for item in backups(shelf.found)]
     if single or len(words) > 1:
         choices = _chosen(settings, every, watch) if settings else []
@@ -4781,7 +4627,7 @@ def _check(words, log, watch):
     top, settings = watch.do(open_shelf, words[0])
     shelves, _ = watch.do(take_stock, top, settings, watch)
     if given:
-        asked = [(given[0], shelves_of(shelves, given[0]))]
+        asked = [(given[0], _named(shelves, given[0]))]
     elif settings:
         asked = [(choice.name, choice.refs) for choice in _chosen(settings, shelves, watch)]
     else:
@@ -4831,6 +4677,26 @@ GRAIN = 64 * 1024  # bytes: so many zeros at a time become holes of an image
 ZEROS = bytes(GRAIN)
 
 
+def marked_folders(top):
+    """Paths of the folders with a marker, up to two levels below or `top` itself, sorted; and of
+    those that cannot be read, for whoever opens them to find out why."""
+    found = []
+
+    def fail(error):
+        if not isinstance(error, FileNotFoundError) and not error.filename.endswith("/lost+found"):
+            found.append(error.filename)
+
+    for path, folders, files in os.walk(top, onerror=fail):
+        if path.count("/") == top.count("/") + 2:
+            folders.clear()
+        if set(MARKERS).intersection(files):  # a VM may be called `success`
+            found.append(path)
+    found.sort(key=lambda path: path.split("/"))
+    # A marker may lie where no backup is: above one.
+    return [path for path, after in zip(found, found[1:] + [""])
+            if not after.startswith(path + "/")]
+
+
 def verify_command(words, log, watch):
     """Proves every marked backup below a config file's backup_dir or a folder, or one export file:
     sums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
@@ -4846,13 +4712,11 @@ def verify(word, only, log, watch):
     top, good, bad = os.path.abspath(native(word)), 0, 0
     lone = os.path.isfile(top) and EXPORT.match(top)
     top = top if lone else open_shelf(word)[0]
-    shelves = [] if lone else take_stock(top, None, watch)[0]
-    for vm in only:
-        shelves = shelves_of(shelves, vm)
-    paths = [top] * bool(lone) + [os.path.join(shelf.path, item.name) for shelf in shelves
-                                  for item in shelf.found if item.marker or item.error]
-    for path in paths + [shelf.path for shelf in shelves if shelf.error]:
+    for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
+        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
+        if names and not lone and nfc(vm) not in names:
+            continue
         label = "VmBackup verify %s/%s" % (vm, name)
         try:
             with watch.activity(vm) as activity:
@@ -4860,7 +4724,7 @@ def verify(word, only, log, watch):
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
             good += 1
         except Exception as error:  # one odd folder must not end the others' turn
-            if lone or not pruned(path):
+            if lone or marked_folders(path):  # else a run is deleting it meanwhile
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
                 bad += 1
     if not good + bad:
@@ -4871,14 +4735,6 @@ def verify(word, only, log, watch):
     return 0 if fine else 2
 
 
-def pruned(path):
-    """Whether what was a backup is none any more: a run may delete it meanwhile."""
-    try:
-        return not set(MARKERS).intersection(os.listdir(path))
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-
-
 def verify_path(path, watch, activity):
     """Phrases that tell what was proved of a backup's folder, or of an export by itself. Raises
     BackupError or OSError."""
@@ -4887,15 +4743,12 @@ def verify_path(path, watch, activity):
         return ["NOT sha256 (a file by itself)"] + proved
     with opened(path) as fd:
         export, sums, ours = look_into(fd)
-        for name in (export, "vm.cfg", "vm-metadata.xml"):
-            if name not in sums and (sums or ours):
-                raise ArchiveError("SHA256SUMS does not list %s" % name)
-        texts = read_metadata(fd, export, sums)
+        told = check_metadata(fd, export, sums) if sums or ours else ["NOT sha256 (no SHA256SUMS)"]
         digest, proved = read_export(
-            export, fd, watch, activity, hash_all, prover(export, recorded_size(texts)))
+            export, fd, watch, activity, hash_all, prover(export, recorded_size(fd)))
     if sums.get(export, digest) != digest:
         raise ArchiveError("%s does not match SHA256SUMS" % export)
-    return ["sha256 of %d files" % len(sums) if sums else "NOT sha256 (no SHA256SUMS)"] + proved
+    return told + proved
 
 
 def read_export(name, dir_fd, watch, activity, *consumers):
@@ -4912,50 +4765,54 @@ def read_export(name, dir_fd, watch, activity, *consumers):
         return fan_out(ring(readinto), *consumers)
 
 
-def read_metadata(fd, export, sums):
-    """{path: bytes} of what is beside the export, proved right and all there; without sums of the
-    vdi.cfg alone."""
+def check_metadata(fd, export, sums):
+    """Phrases about what is beside the export: everything listed, right and there."""
     texts, missing = {}, set(sums) - {export}
-    for path, name, folder in walk_files(fd):
+    for path in files_below(fd):
         if path in MARKERS + ("SHA256SUMS", "keep", export):
             continue
-        if sums and path not in sums:
+        if path not in sums:
             raise ArchiveError("%s is not listed in SHA256SUMS" % path)
-        if sums or path.endswith("/vdi.cfg"):
-            texts[path] = read_small(name, folder, METADATA_LIMIT)
-        if sums and hashlib.sha256(texts[path]).hexdigest() != sums[path]:
+        texts[path] = read_small(path, fd, METADATA_LIMIT)
+        if hashlib.sha256(texts[path]).hexdigest() != sums[path]:
             raise ArchiveError("%s does not match SHA256SUMS" % path)
         missing.discard(path)
     if missing:
         raise ArchiveError("%s is missing" % min(missing))
-    disks, there = {}, [path[5:-8] for path in texts if path.endswith("/vdi.cfg")
-                        and path.startswith("DISK-") and path[:-7] + "vbd.cfg" in texts]
+    alone = re.search(rb"^vm_metadata=none$", texts.get("vm.cfg", b""), re.MULTILINE)
+    for name in (export, "vm.cfg") + (() if alone else ("vm-metadata.xml",)):
+        if name not in sums:
+            raise ArchiveError("SHA256SUMS does not list %s" % name)
+    disks, there = {}, sum(path.startswith("DISK-") and path.endswith("/vdi.cfg")
+                           and path[:-7] + "vbd.cfg" in texts for path in texts)
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
         disks = expected_disks(texts["vm-metadata.xml"])
-    wanted = [disk.label for disk in disks.values()
-              if disk.label != "suspend" and "[NOBAK]" not in disk.name]
-    if len(there) < len(wanted):  # not by label: a VM that is started meanwhile gets others
-        raise ArchiveError("a folder DISK-* is missing: there is %s of %s" % (
-            ", ".join(there) or "none", ", ".join(wanted)))
-    return texts
+    wanted = sum(disk.label != "suspend" and "[NOBAK]" not in disk.name for disk in disks.values())
+    if there < wanted:  # not by label: a VM that is started meanwhile gets others
+        raise ArchiveError("of %d folders DISK-* %d are missing" % (wanted, wanted - there))
+    none = ["NOT vm-metadata.xml (it could not be fetched)"] if alone else []
+    return ["sha256 of %d files" % len(sums)] + none
 
 
-def walk_files(fd, above=""):
-    """(path, name, descriptor of its folder) of all below a folder but folders and STREWN."""
-    for name in sorted(os.listdir(fd)):
-        if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-            if not STREWN.match(above + name):
-                yield above + name, name, fd
-        elif not STREWN.match(above + name + "/"):
-            with opened(name, fd) as inner:
-                yield from walk_files(inner, above + name + "/")
+def files_below(fd, above=""):
+    """The paths below a folder of all that is neither a folder nor STREWN."""
+    with opened(above or ".", fd) as folder:
+        for name in sorted(os.listdir(folder)):
+            path = above + name
+            if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                if not STREWN.match(path):
+                    yield path
+            elif not STREWN.match(path + "/"):
+                yield from files_below(fd, path + "/")
 
 
-def recorded_size(texts):
+def recorded_size(fd):
     """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    first = [text for text in map(texts.get, FIRST_DISKS) if text is not None] + [b""]
-    told = re.search(rb"^virtual_size=([0-9]{1,18})\r?$", first[0], re.MULTILINE)
-    return int(told.group(1)) if told else None
+    for path in FIRST_DISKS:
+        with contextlib.suppress(FileNotFoundError):
+            size = read_cfg(path, fd).get("virtual_size", "")
+            return int(size) if size.isdigit() else None
+    return None
 
 
 # --- extract ---
@@ -4984,15 +4841,15 @@ def extract(source, to, label, log, watch):
             fd = stack.enter_context(opened(source))
             export, sums, _ = look_into(fd)
         elif not os.path.isfile(source) or not EXPORT.match(source):
-            raise ConfigError("ERROR - there is no such backup's folder or export (NAME.xva,"
-                              " NAME.xva.gz, NAME.xva.zst): %s" % source)
+            raise ConfigError("ERROR - there is no such backup's folder or export: %s" % source)
         stem, kind = EXPORT.match(os.path.basename(export)).groups()
         if kind in ("raw", "vhd"):
             log("%s is a disk image already. As qcow2: qemu-img convert -f %s -O qcow2 %s %s" % (
                 os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
                 shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
             return 0
-        images = stack.enter_context(Images(stack.enter_context(opened(to)), stem, label, log))
+        images = Images(stack.enter_context(opened(to)), stem, label, log)
+        stack.callback(images.close)
         activity = stack.enter_context(watch.activity(stem))
         proved, *digest = read_export(export, fd, watch, activity, prover(export, sink=images),
                                       *[hash_all] * (export in sums))
@@ -5006,23 +4863,23 @@ def extract(source, to, label, log, watch):
 
 
 class Images:
-    """The sink of prove_xva() that writes the images. A context manager: at its end those go that
-    keep() did not give their names."""
+    """The sink of prove_xva() that writes the images. close() deletes those that keep() did not
+    give their names."""
 
     def __init__(self, dir_fd, stem, label, log):
         self._dir_fd, self._stem, self._label, self._log = dir_fd, stem, label, log
-        self.files = collections.OrderedDict()  # id: (name, descriptor)
+        self.files = {}  # id: (name, descriptor)
 
-    def __call__(self, ref, offset, view):
+    def __call__(self, ref, offset, data):
         if ref == "ova.xml":
-            self._create(expected_disks(view))
+            self._create(expected_disks(data))
         elif ref in self.files:
-            begin, size = 0, len(view)  # of what is to be written next
-            for at in range(0, size + GRAIN, GRAIN):
-                if ZEROS.startswith(view[at : at + GRAIN]):  # its end, too
-                    while begin < min(at, size):
-                        begin += os.pwrite(self.files[ref][1], view[begin:at], offset + begin)
-                    begin = at + GRAIN
+            view = memoryview(data)
+            for start in range(0, len(view), GRAIN):
+                part, at = view[start : start + GRAIN], offset + start
+                while not ZEROS.startswith(part):  # nor is an empty rest written
+                    count = os.pwrite(self.files[ref][1], part, at)
+                    part, at = part[count:], at + count
 
     def _create(self, disks):
         labels = [disk.label for disk in disks.values()]
@@ -5032,28 +4889,21 @@ class Images:
         for ref, disk in disks.items():
             if self._label in (None, disk.label):
                 name = native("%s-%s.raw" % (self._stem, folder_name(disk.label)))
-                os.close(self._new(name))
+                os.close(new_file(name, self._dir_fd))
                 os.unlink(name, dir_fd=self._dir_fd)  # it could be made: there is no such file
-                self.files[ref] = name, self._new(name + ".partial")
+                self.files[ref] = name, new_file(name + ".partial", self._dir_fd)
                 os.ftruncate(self.files[ref][1], disk.size)
                 self._log("disk %s is %s, %s (%s) -> %s" % (
                     disk.label, ref, disk.name or "-", size_text(disk.size), name))
-
-    def _new(self, name):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self._dir_fd)
 
     def keep(self):
         """Gives the images their names."""
         for name, fd in self.files.values():
             os.close(os.dup(fd))  # where a file server took not all of it, this raises OSError
-            os.close(self._new(name))  # or rename() would replace what came meanwhile
+            os.close(new_file(name, self._dir_fd))  # or rename() would replace what came meanwhile
             os.rename(name + ".partial", name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
+    def close(self):
         for name, fd in self.files.values():
             os.close(fd)
             with contextlib.suppress(FileNotFoundError):
@@ -5208,7 +5058,8 @@ def replace_file(path, data, mode):
     fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
     try:
         with open(fd, "wb") as file:
-            os.fchmod(fd, mode)
+            if mode != 0o600:  # it is that from its first byte
+                os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             sync(fd)
@@ -5276,7 +5127,7 @@ def write_metrics(run):
     with contextlib.suppress(FileNotFoundError):
         old = read_small(settings.metrics_file, limit=64 * MIB)
     for metric, config, labels, value in SERIES.findall(old.decode("utf-8", "replace")):
-        unknown = run.pool_vms is None and labels.startswith(",vm=")
+        unknown = not run.begun and labels.startswith(",vm=")
         if config != mine or unknown or labels in stay:
             series[metric, config + labels] = value
     for vm in pool.intersection(asked):
@@ -5616,7 +5467,7 @@ def backup_command(words, log, watch):
     settings, preview = watch.do(parse_command, words[1], words[2:])
     if settings.config_file:
         log("VmBackup config loaded from: %s" % words[1])
-    mistakes = watch.do(check_outputs, settings, log)
+    mistakes = watch.do(check_outputs, settings, words[0], log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
     watch.rate = settings.rate_limit * 10**6
@@ -5693,7 +5544,7 @@ def check_packages():
                               " vmbackup.pyz, which carries it" % (module, module))
 
 
-def check_outputs(settings, log):
+def check_outputs(settings, word, log):
     """Mistakes in the names of the files that a run writes. Such a file is taken out of the
     settings, or the report of just this mistake would go there."""
     folder = os.path.dirname(KNOWN["status_log"].default)
@@ -5702,7 +5553,8 @@ def check_outputs(settings, log):
         if settings.config_file:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    mistakes, taken = [], [os.path.realpath(settings.config_file or "/")]
+    read = (settings.config_file, native(word), settings.smtp_password_file, settings.tls_ca)
+    mistakes, taken = [], [os.path.realpath(name) for name in read if name]
     for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
@@ -5712,8 +5564,8 @@ def check_outputs(settings, log):
                     raise BackupError("this file serves for something else")
                 if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
                     raise BackupError("give a file in a folder that exists")
-                if path != os.devnull and os.path.exists(path) and not re.match(
-                        begin, read_small(path, limit=99, part=True)):
+                plain = (key, path) != ("status_log", os.devnull) and os.path.exists(path)
+                if plain and not re.match(begin, read_small(path, limit=99, part=True)):
                     raise BackupError("what it holds is none of this program's")
             except (OSError, BackupError) as error:
                 mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
