@@ -4,17 +4,21 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import forks
 from support.harness import SCRIPT, Result, start, vmbackup
 from support.monitor import Answer, outside
 from support.upstream import MARKERS, leave_backup, leave_pool_dump
+from support.world import wait_until
 
 HOUR = 3600
 
@@ -343,11 +347,18 @@ def test_a_critical_one_beside_an_unreadable_one(top):
         inner.chmod(stat.S_IRWXU)
 
 
+def takes_signals(pid):
+    """Whether a process has a handler of SIGTERM by now."""
+    caught = re.search("SigCgt:\\s*([0-9a-f]+)", Path("/proc/%d/status" % pid).read_text()).group(1)
+    return int(caught, 16) >> (signal.SIGTERM - 1) & 1
+
+
 def test_a_stop_by_signal_ends_a_rule_without_end(top, config):
     leave(top, "a" * 60, 2)
     for word in ("check", "list"):
         words = [word, config("vm-export=(a+)+b")] + ["a" * 60] * (word == "list")
         process = start(*words)
+        wait_until(lambda pid=process.pid: takes_signals(pid))
         time.sleep(1)
         process.terminate()
         process.communicate(timeout=20)

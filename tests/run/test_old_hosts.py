@@ -7,6 +7,7 @@ import re
 import pytest
 from simulator.pool import MIB, Pool, disk, vif
 from support.harness import vmbackup
+from support.world import SERVER
 
 UNKNOWN = "MESSAGE_METHOD_UNKNOWN"
 
@@ -55,11 +56,13 @@ def not_started(here, *words):
         assert errors[0] == "ERROR - " + told["error"]
         here.report.unlink()
     assert not here.report.exists()
-    if "preview" not in words:
-        assert [line.split(",")[3:5] for line in here.status_log.read_text().splitlines()][-1] == [
-            "end", "ERROR"]
+    if here.status_log.exists():
+        lines = [line.split(",", 3) for line in here.status_log.read_text().splitlines()]
+        assert [line[1:] for line in lines] == [
+            ["vmbackup.py", SERVER, "begin"], ["vmbackup.py", SERVER, "end,ERROR," + told["error"]]]
         here.status_log.unlink()
-    assert not here.status_log.exists()
+    else:
+        assert "preview" in words
     assert list(here.backups.iterdir()) == []
     here.assert_pool_is_clean()
     return errors[0]
@@ -81,6 +84,18 @@ def test_records_without_the_fields_that_came_later_or_are_gone(here):
 
 # --- what may not ---------------------------------------------------------------------------------
 
+def test_no_snapshot_call_with_a_task(here):
+    for method in ("Async.VM.snapshot", "Async.VDI.snapshot"):
+        here.sim.fault("rpc_error", method=method, immediate=True, error_info=[UNKNOWN, method])
+    result = here.run()
+    assert result.status == 2, result
+    for kind, vm in (("vm-export", "web"), ("vdi-export", "db")):
+        (line,) = [line for line in result.lines if "%s %s - ***ERROR***" % (kind, vm) in line]
+        assert UNKNOWN in line and "too old" in line
+        assert not here.folders(vm, marked=False)
+    here.assert_pool_is_clean()
+
+
 def test_an_error_of_the_program_itself_is_one_line(here):
     """Here by records without the name, which no XAPI ever leaves out."""
     here.sim.fault("fields_missing", cls="VM", fields=["name_label"])
@@ -97,3 +112,5 @@ def test_a_user_without_the_right_to_look(here):
         line = not_started(here, *words)
         assert "RBAC_PERMISSION_DENIED pool.get_all_records" in line
         assert "pool-admin" in line
+
+
