@@ -21,7 +21,7 @@ def test_a_master_without_proof(turn, told):
     assert no_password_in_clear_text(here)
 
 
-@pytest.mark.parametrize("told", LEADS[:3])
+@pytest.mark.parametrize("told", LEADS[:3] + ["https://[::1", "https://a..b"])
 def test_a_redirect_without_proof(turn, told):
     here = turn(one_vm())
     here.configure("vm-export=web", "tls_fingerprint=" + here.sim.fingerprint)
