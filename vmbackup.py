@@ -1200,18 +1200,28 @@ def find_xxh64():
 OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
-def expected_disks(data, uuids=()):
-    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. It is one XML-RPC
-    value without a prolog. Raises ArchiveError if it lacks a VDI of `uuids`: one that was destroyed
-    since the snapshot leaves no other trace in an export (export.ml)."""
+def parse_ova(data):
+    """(version, {class: {id: record}}) of an ova.xml: one XML-RPC value, with a prolog or without.
+    Raises ArchiveError."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
-    found, by_class = {}, collections.defaultdict(dict)
+    by_class = collections.defaultdict(dict)
     try:
         value: Any = xmlrpc.client.loads(data)[0][0]
         for item in value["objects"]:
             by_class[item["class"]][item["id"]] = item["snapshot"]
+        return value.get("version"), by_class
+    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
+        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
+
+
+def expected_disks(data, uuids=()):
+    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. Raises ArchiveError
+    if it lacks a VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in
+    an export (export.ml)."""
+    found, by_class = {}, parse_ova(data)[1]
+    try:
         vbds = sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4))
         disks = [(vm.get("suspend_VDI"), "suspend", "") for vm in by_class["VM"].values()]
         disks += [(vbd["VDI"], vbd.get("device") or vbd["userdevice"], "-" + vbd["userdevice"])
@@ -1223,7 +1233,9 @@ def expected_disks(data, uuids=()):
                 label += more if label in [disk.label for disk in found.values()] else ""
                 found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
         absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
-    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
+        if not all(0 <= disk.size < 1 << 62 for disk in found.values()):
+            raise ValueError("no disk has such a size")
+    except Exception as error:  # hostile records are of any shape
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
         raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % min(absent))
@@ -1651,7 +1663,7 @@ class Watch:
         def tend():
             while not ended.wait(1):
                 asks = [stream.ask for stream in self.streams.copy()]
-                for look in asks + [functools.partial(show, self.activities[:])]:
+                for look in [functools.partial(show, self.activities[:])] + asks:
                     with contextlib.suppress(Exception):  # an oddity must not end the watching
                         look()
 
@@ -1837,6 +1849,18 @@ BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.e
 UNDONE = ("SESSION_INVALID", "HOST_IS_SLAVE", "HOST_STILL_BOOTING")  # refused before it was begun
 
 
+class Record(dict):
+    """An object of the pool. What it lacks, and another answer, is told as the host's fault."""
+
+    def __init__(self, answer):
+        if not isinstance(answer, dict):
+            raise BackupError("the host's answer is none of XAPI's: %.60r" % (answer,))
+        super().__init__(answer)
+
+    def __missing__(self, key):
+        raise BackupError("the host tells no %s of an object: is its XAPI supported?" % key)
+
+
 class Xapi:
     """A logged-in session at the pool master, for one thread; ask() is for others.
 
@@ -1865,7 +1889,9 @@ class Xapi:
             except (BackupError,) + BROKEN as error:
                 if self.endpoint is None:
                     self.watch.check()
-                reasons.append("%s: %s" % (endpoint, describe(error)))
+                text = describe(error)  # a host may repeat what it was sent
+                reasons.append("%s: %s" % (
+                    endpoint, text.replace(self._credentials[1] or "\0", "...")))
                 continue
             if self._lost:
                 with contextlib.suppress(BackupError):
@@ -1937,7 +1963,8 @@ class Xapi:
 
     def all(self, kind):
         """{ref: record} of all objects of a class."""
-        return self.call(kind + ".get_all_records")
+        answer = Record(self.call(kind + ".get_all_records"))
+        return {ref: Record(record) for ref, record in answer.items()}
 
     def records(self, kind, refs):
         """{ref: record} of the refs that exist."""
@@ -1945,7 +1972,7 @@ class Xapi:
         for ref in dict.fromkeys(refs):
             if ref != NULL:
                 try:
-                    found[ref] = self.call(kind + ".get_record", ref)
+                    found[ref] = Record(self.call(kind + ".get_record", ref))
                 except XapiError as error:
                     if error.code != "HANDLE_INVALID":
                         raise
@@ -2089,7 +2116,8 @@ class Stream:
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
         self.xapi, self.watch, self.activity = xapi, xapi.watch, activity
-        self._path, self._query, self._put, self.endpoint = path, query, put, endpoint
+        self._path, self._query, self._put = path, query, put
+        self._given = self.endpoint = endpoint
         self.task = self.sock = self._answer = self._body = None
         self.at_work, self.result, self._hops = False, [], 0
         self._reason = None  # why it was given up
@@ -2128,7 +2156,7 @@ class Stream:
                 raise self.failure() or error from None
             if status == 401 and not renewed:
                 self._disconnect()
-                renewed, self.endpoint = True, None
+                renewed, self.endpoint = True, self._given
                 with contextlib.suppress(XapiError):
                     self.xapi.call("task.destroy", self.task)  # it logs in if the session is gone
                 self._make_task()
@@ -2232,7 +2260,7 @@ class Stream:
         """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
         is there or nothing moves; called once a second by the helper thread."""
         now = time.monotonic()
-        if now - self._asked < SILENCE:
+        if self.watch.signum or now - self._asked < SILENCE:
             return
         self._asked = now
         try:
@@ -2696,7 +2724,7 @@ class Snapshot:
         try:
             self.ref = self._take()
             self.record = self._prove(self.ref, known)
-        except (BackupError, Interrupted) as error:
+        except (Exception, Interrupted) as error:
             # Of a disk only where the outcome is not known: its snapshot bears no mark yet.
             if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
                 self._look_for_lost(known)
@@ -2807,7 +2835,7 @@ class Snapshot:
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
             found = patiently(self._watch, lambda: self._new_since(known))
-        except BackupError as error:
+        except Exception as error:
             self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
                                " for %s" % (error, "snapshot-list" if self.of_vm else "vdi-list",
                                             self._name))
@@ -3216,7 +3244,7 @@ class Target:
 INDENT_LIMIT = 16 * MIB  # bytes that are parsed: the tree takes many times as much memory
 
 
-def back_up_vm(run, xapi, choice, outcome, activity):
+def back_up_vm(run, choice, xapi, outcome, activity):
     """One VM's backup, in the order that the guarantees stand on. Raises what went wrong; what
     happened on the way is told to `outcome`."""
     settings, name, outcome.status = run.settings, folder_name(choice.name), "ERROR verify_vm_name"
@@ -3543,8 +3571,9 @@ def meeting_names(backup_dir, names):
 
 
 def _one_folder(backup_dir, first, second):
-    with probing(backup_dir, first) as folder:
+    with contextlib.suppress(OSError), probing(backup_dir, first) as folder:
         return os.path.lexists(os.path.join(folder, native(second)))
+    return False
 
 
 @contextlib.contextmanager
@@ -3791,17 +3820,20 @@ class Run:
     def _work(self, idle, choices):
         """Does the jobs, each with one of the idle Xapis; those that failed and may end otherwise
         again when all are done, `retries` times."""
-        jobs: Any = [(self._back_up_pool_db, None)] if self.settings.pool_db_backup else []
+        jobs: Any = []
+        if self.settings.pool_db_backup:
+            name = "METADATA_" + short_host_name()
+            self.pool_database = Outcome("pool-db", name, self.log)
+            jobs.append((self.pool_database, "pool database", self._dump))
         for number, choice in enumerate(choices, 1):
-            label = "[%d/%d] %s" % (number, len(choices), choice.name)
-            outcome = Outcome(choice.kind, choice.name, self.log)
-            jobs.append((functools.partial(self._back_up_one, label, choice), outcome))
+            jobs.append((Outcome(choice.kind, choice.name, self.log),
+                         "[%d/%d] %s" % (number, len(choices), choice.name),
+                         functools.partial(back_up_vm, self, choice)))
 
         def do(job, tries_left):
-            work, outcome = job
             xapi = idle.pop()
             try:
-                return work(xapi, outcome, tries_left)
+                return self._try(xapi, tries_left, *job)
             finally:
                 idle.append(xapi)
 
@@ -3814,55 +3846,45 @@ class Run:
             for xapi in idle:
                 xapi.close()
 
-    def _back_up_one(self, label, choice, xapi, outcome, tries_left):
-        """One VM's turn: tells at once what came of it. True if it is to be tried again."""
-        if self.watch.signum and not outcome.attempts:
-            outcome.skipped = True
-            self.outcomes.append(outcome)
-            return False
-        earlier = outcome.error
-        if not earlier:
-            self.status(choice.kind, "begin", choice.name)
-        if not (self.watch.signum and earlier):  # after a stop no failed one is begun again
+    def _try(self, xapi, tries_left, outcome, label, work):
+        """One attempt at a VM, or at the pool database. Tells at once what came of it; True if it
+        is to be tried again."""
+        earlier, stopped = outcome.error, self.watch.signum
+        if not earlier and not stopped and outcome is not self.pool_database:
+            self.status(outcome.kind, "begin", outcome.name)
+        if not stopped:  # else nothing is begun, nor begun again
             with outcome.recorded(self.watch), self.watch.activity(label) as activity:
-                back_up_vm(self, xapi, choice, outcome, activity)
+                work(xapi, outcome, activity)
+        outcome.skipped = not outcome.attempts
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
             return True
         if earlier and not outcome.error:
             outcome.warn("saved by try %d; before: %s" % (outcome.attempts, earlier))
-        text = "%s %s" % (outcome.status, outcome.name)
-        if not outcome.error:
-            text = "%s %s,elapse:%d size:%dG" % (
-                outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
-        self.status(choice.kind, "end", text)
-        text = "***ERROR*** %s" % outcome.error
+        if outcome is not self.pool_database:
+            self.outcomes.append(outcome)
+        if not outcome.skipped:
+            self._tell(outcome)
+        return False
+
+    def _tell(self, outcome):
+        """What came of a VM or the pool database: a line in the log, for a VM in the status log."""
+        if outcome is self.pool_database:
+            if outcome.error:
+                self.log("***ERROR - pool database backup failed: %s" % outcome.error)
+            return
+        text, told = "***ERROR*** %s" % outcome.error, "%s %s" % (outcome.status, outcome.name)
         if not outcome.error:
             word = "WARNING" if outcome.warnings else "Success"
             text = "***%s*** t:%d" % (word, outcome.seconds // 60)
-        self.outcomes.append(outcome)
+            told = "%s %s,elapse:%d size:%dG" % (
+                outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
+        self.status(outcome.kind, "end", told)
         self.log("VmBackup %s %s - %s" % (outcome.kind, outcome.name, text))
-        return False
-
-    def _back_up_pool_db(self, xapi, outcome, tries_left):
-        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
-        max_backups newest. True if it is to be tried again."""
-        outcome = self.pool_database = self.pool_database or Outcome(
-            "pool-db", "METADATA_" + short_host_name(), self.log)
-        if self.watch.signum and not outcome.attempts:
-            outcome.skipped = True
-            return False
-        if not (self.watch.signum and outcome.attempts):
-            with outcome.recorded(self.watch), self.watch.activity("pool database") as activity:
-                self._dump(xapi, outcome, activity)
-        if outcome.error:
-            again = tries_left and not outcome.final and not self.watch.signum
-            self.log("***ERROR - pool database backup failed%s: %s" % (
-                ", to be tried again" if again else "", outcome.error))
-            return again
-        return False
 
     def _dump(self, xapi, outcome, activity):
+        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
+        max_backups newest."""
         backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
         with opened(backup_dir) as top, Lock(top, own), contextlib.ExitStack() as stack:
             with contextlib.suppress(FileExistsError):
@@ -3894,8 +3916,11 @@ class Run:
             vouch(saved, outcome)
             self.log("pool database saved: %s, %s" % (name, size_text(saved.size)))
             for old in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
-                os.unlink(old, dir_fd=fd)
-                outcome.pruned.append(old)
+                try:
+                    os.unlink(old, dir_fd=fd)
+                    outcome.pruned.append(old)
+                except OSError as error:
+                    outcome.warn("%s could not be removed: %s" % (old, describe(error)))
 
     # --- what the VMs share ---
 
@@ -4110,13 +4135,10 @@ def read_ova(source):
         reader = Reader(pieces, "the very beginning")
         name, size = read_member(reader, reader.take(512))
         data = reader.take(min(size, METADATA_LIMIT))
-    disks, found = expected_disks(data), collections.defaultdict(dict)
-    value: Any = xmlrpc.client.loads(b"<params><param>%s</param></params>" % data)[0][0]
-    for item in value["objects"]:
-        found[item["class"]][item["id"]] = item["snapshot"]
+    version, found = parse_ova(data)
     if name != "ova.xml" or len(found["VM"]) != 1:
         raise ArchiveError("the archive does not hold just one VM")
-    return value["version"], found, disks
+    return version, found, expected_disks(data)
 
 
 def held_back(source):
