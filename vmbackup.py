@@ -945,7 +945,8 @@ def _look(fd, item, vm):
     told = re.match(rb"created=([0-9]{1,11})\n", text)
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
-        date = date or datetime.date.fromtimestamp(created)
+        made = datetime.date.fromtimestamp(created)
+        date = min(date or made, made)  # a second one of a day may bear the next day's name
     other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
     exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
     export = min(exports, default=None)
@@ -3498,6 +3499,8 @@ def restore_note(facts):
 
 # ============================== choice and preview ==============================
 
+PROBE = ".vmbackup-probe-"  # in backup_dir, and a process number behind it
+
 
 def candidates(xapi, log):
     """{ref: record} of the pool's VMs that are neither template, snapshot nor control domain, nor
@@ -3579,12 +3582,24 @@ def _one_folder(backup_dir, first, second):
 @contextlib.contextmanager
 def probing(backup_dir, name):
     """The path of a folder of its own in backup_dir in which, while this lasts, there is one of
-    this name."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix=".vmbackup-", dir=backup_dir) as folder:
-        os.mkdir(os.path.join(folder, native(name)))
+    this name. What a killed process left of its own goes, too."""
+    for left in os.listdir(backup_dir):
+        if left.startswith(PROBE) and not os.path.exists("/proc/" + left[len(PROBE) :]):
+            remove_probe(os.path.join(backup_dir, left))
+    folder = os.path.join(backup_dir, "%s%d" % (PROBE, os.getpid()))
+    os.mkdir(folder, 0o700)
+    try:
+        os.mkdir(os.path.join(folder, native(name)), 0o700)
         yield folder
+    finally:
+        remove_probe(folder)
+
+
+def remove_probe(folder):
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.rmdir(os.path.join(folder, name))
+        os.rmdir(folder)
 
 
 def check_writable(path):
@@ -3683,15 +3698,15 @@ def _preview_vm(run, choice, pool):
             ] if plan.doomed else []
     told += ["would remove the unfinished backup %s" % old for old in begun]
     told += left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
-    isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
-    warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
-             " export will fail: xe vm-cd-eject" % iso["name_label"]
-             for iso in isos if iso and iso["SR"] not in pool.plugged]
+    used = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref]]
+    away = [XapiError(["NO_HOSTS_AVAILABLE", vdi["name_label"]]) for vdi in used
+            if vdi and vdi["SR"] not in pool.plugged and choice.kind == "vm-export"]
     gone = [re.sub("^backup-", "", old) for old in plan.doomed]
     cells = [str(sum(not disk.left_out for disk in disks)), size_text(plan.expected),
              "%d/%d" % (len(backups(folders)), len(plan.kept)),
              plural(len(gone), "backup") if gone[1:] else "".join(gone) or "-"]
-    return cells, plan.expected, told, warn, plan.refusal and plan.refusal[1]
+    refused = plan.refusal[1:] if plan.refusal else tuple(away)
+    return cells, plan.expected, told, warn, refused[0] if refused else None
 
 
 def rules_text(policy):
@@ -5074,10 +5089,12 @@ def make_status(path, log, warnings):
 
 def replace_file(path, data, mode):
     """Replaces what bears this name (a link, not its target) by a new file, with a rename; after an
-    OSError it is what it was before."""
-    import tempfile
-
-    fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
+    OSError it is what it was before. What a killed run left half written goes, too."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, ".%s.vmbackup" % name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with open(fd, "wb") as file:
             if mode != 0o600:  # it is that from its first byte
