@@ -819,6 +819,7 @@ class Folder(NamedTuple):
     error: str = ""  # why it cannot be read
     foreign: Any = None  # the first name that is not ours (judge looks closer)
     label: str = ""  # name_label of vm.cfg
+    made: Any = None  # when, by its run's clock: `created` is the order, which only ever rises
 
 
 EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
@@ -926,7 +927,9 @@ def scan(vm_fd, patterns, vm=None):
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
         moment = next(filter(None, moments), None)
         with contextlib.suppress(OSError, OverflowError, ValueError):
-            item = Folder(name, moment.timestamp(), date=moment.date()) if moment else item
+            if moment:
+                then = moment.timestamp()
+                item = Folder(name, then, date=moment.date(), made=then)
         ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
@@ -940,13 +943,13 @@ def scan(vm_fd, patterns, vm=None):
 
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, date, cfg, size = os.listdir(fd), item.created, item.date, {}, 0
+    inside, created, made, date = os.listdir(fd), item.created, item.made, item.date
     marker, text = read_marker(fd, inside)
-    told = re.match(rb"created=([0-9]{1,11})\n", text)
-    if told:  # the moment in UTC: right through changes of the clock and of the zone
-        created = float(told.group(1))
-        made = datetime.date.fromtimestamp(created)
-        date = min(date or made, made)  # a second one of a day may bear the next day's name
+    told, cfg, size = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text), {}, 0
+    if told:  # in UTC: right through changes of the clock and of the zone
+        created, made = float(told.group(1)), float(told.group(2) or told.group(1))
+        day = datetime.date.fromtimestamp(made)
+        date = min(date or day, day)  # a second one of a day may bear the next day's name
     other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
     exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
     export = min(exports, default=None)
@@ -962,7 +965,7 @@ def _look(fd, item, vm):
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
     return Folder(item.name, created, marker, unfinished, pinned, export, size,
                   cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
-                  cfg.get("name_label", ""))
+                  cfg.get("name_label", ""), made)
 
 
 def read_marker(fd, inside):
@@ -3081,16 +3084,19 @@ class Target:
                 self._made_vm = True
             self._vm_fd = open_vm_folder(self._vm, self._top)
             self._clear()
-            self.folders = scan(self._vm_fd, self._patterns, self._vm)
+            self.folders = self._scan()
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def _scan(self):
+        return scan(self._vm_fd, self._patterns, self._vm)
+
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay."""
         foreign = []
-        for item in scan(self._vm_fd, self._patterns, self._vm):
+        for item in self._scan():
             begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
             if begun or (item.unfinished and item.created is not None):
                 self._clear_one(item.name)
@@ -3120,7 +3126,7 @@ class Target:
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
         try:
-            folders = scan(self._vm_fd, self._patterns, self._vm)
+            folders = self._scan()
             doomed = expired(folders, policy, self.name, uuid, pre_clean)
             if not doomed:
                 return
@@ -3197,15 +3203,15 @@ class Target:
         os.close(self._create("SHA256SUMS", utf8("".join(lines))))
         for fd in list(self._subfolders.values()) + [self.fd]:
             sync(fd)
-        now = int(time.time())  # what lies far ahead of it is of a wrong clock, and no measure
-        earlier = [item.created for item in backups(scan(self._vm_fd, self._patterns, self._vm))
-                   if item.created < now + AHEAD]
+        earlier = [item.created for item in backups(self._scan())]
+        now = int(time.time())
         created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
         path = os.path.join(backup_dir, self._vm, self.name)
         if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
                 UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
             raise BackupError("%s is another run's by now: not published" % path)
-        text = "created=%d\n%s\n" % (created, self._token)
+        # The order rises even if the clock was set back; ages are told by the clock itself.
+        text = "created=%d\nmade=%d\n%s\n" % (created, now, self._token)
         os.pwrite(self._unfinished, text.encode("ascii"), 0)
         os.fsync(self._unfinished)
         os.rename(UNFINISHED, MARKERS[0], src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -3238,6 +3244,90 @@ class Target:
             if self._made_vm and not self._published:
                 with contextlib.suppress(OSError):  # an empty folder only
                     os.rmdir(self._vm, dir_fd=self._top)
+
+
+# ============================== RESTORE.txt ==============================
+
+NOTE = """\
+This folder holds a backup of {what} {name} (uuid {uuid}),
+taken by vmbackup from the pool {pool} at the host {host}.
+
+  export    {export}
+  memory    {memory}, {vcpus}
+{disks}{networks}  storage   {sr_name} (uuid {sr})
+
+If the host is gone, first:
+  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
+  2. Attach the storage, and create the networks under the names above: a restored VM finds them
+     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
+  3. Make sure that the backup is whole, in this folder:
+       sha256sum -c SHA256SUMS
+{caution}
+Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
+storage repository may be another one.
+
+1. With vmbackup, from any machine; it proves the export while it sends it:
+       vmbackup.py restore - {folder} host={address} sr={sr}
+
+2. With xe, in a dom0 that sees this folder:
+       cd {folder}
+{xe}
+3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
+   the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
+       cd {folder}
+{curl}
+Without any host, the disks as images:
+{images}"""
+WHOLE = ("""\
+  4. Never start the restored VM while the original runs: two machines of one name and address.
+     MAC addresses are new unless asked for (preserve=true).
+""", """\
+       xe vm-import filename={file} sr-uuid={sr}
+     So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
+       xe vm-param-set uuid=UUID name-label={vm}
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
+""", """\
+       vmbackup.py extract {folder} to=.
+""")
+ONE_DISK = ("""\
+  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
+     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+""", """\
+       xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
+     With the uuid that it prints in place of VDI, and that of the VM in place of VM:
+       xe vdi-import uuid=VDI filename={file} format={form}
+       xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
+     VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
+""", """\
+       qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
+""")
+
+
+def restore_note(facts):
+    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
+    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
+    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
+    form = facts.file.rpartition(".")[2]
+    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
+    words = {
+        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
+        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
+        "label": shlex.quote(facts.name + "-restored"), "form": form,
+        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
+    return NOTE.format(
+        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
+        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
+        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
+        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
+        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
+        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+            label, size_text(size), size, printable(name), uuid)
+            for label, name, size, uuid in facts.disks),
+        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== the backup of one VM ==============================
@@ -3411,90 +3501,6 @@ def fetch_ova(xapi, ref, activity):
             return minidom.parseString(text).toprettyxml("  ")  # noqa: S318
     except Exception as error:  # tarfile and expat raise nearly anything at other bytes
         raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
-
-
-# ============================== RESTORE.txt ==============================
-
-NOTE = """\
-This folder holds a backup of {what} {name} (uuid {uuid}),
-taken by vmbackup from the pool {pool} at the host {host}.
-
-  export    {export}
-  memory    {memory}, {vcpus}
-{disks}{networks}  storage   {sr_name} (uuid {sr})
-
-If the host is gone, first:
-  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
-  2. Attach the storage, and create the networks under the names above: a restored VM finds them
-     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
-  3. Make sure that the backup is whole, in this folder:
-       sha256sum -c SHA256SUMS
-{caution}
-Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
-storage repository may be another one.
-
-1. With vmbackup, from any machine; it proves the export while it sends it:
-       vmbackup.py restore - {folder} host={address} sr={sr}
-
-2. With xe, in a dom0 that sees this folder:
-       cd {folder}
-{xe}
-3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
-   the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
-       cd {folder}
-{curl}
-Without any host, the disks as images:
-{images}"""
-WHOLE = ("""\
-  4. Never start the restored VM while the original runs: two machines of one name and address.
-     MAC addresses are new unless asked for (preserve=true).
-""", """\
-       xe vm-import filename={file} sr-uuid={sr}
-     So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
-       xe vm-param-set uuid=UUID name-label={vm}
-""", """\
-       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
-""", """\
-       vmbackup.py extract {folder} to=.
-""")
-ONE_DISK = ("""\
-  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
-     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
-""", """\
-       xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
-     With the uuid that it prints in place of VDI, and that of the VM in place of VM:
-       xe vdi-import uuid=VDI filename={file} format={form}
-       xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
-""", """\
-       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
-     VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
-""", """\
-       qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
-""")
-
-
-def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
-    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
-    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
-    form = facts.file.rpartition(".")[2]
-    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
-    words = {
-        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
-        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
-        "label": shlex.quote(facts.name + "-restored"), "form": form,
-        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
-    return NOTE.format(
-        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
-        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
-        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
-        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
-        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
-        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-            label, size_text(size), size, printable(name), uuid)
-            for label, name, size, uuid in facts.disks),
-        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== choice and preview ==============================
@@ -4096,7 +4102,8 @@ def find_source(wish, log, stack):
             above, name = os.path.split(path)
             top, vm = os.path.split(above)
         if file and not set(MARKERS).intersection(os.listdir(path)):
-            lone = Folder(None, os.stat(wish["path"]).st_mtime, export=file)
+            made = os.stat(wish["path"]).st_mtime
+            lone = Folder(None, made, export=file, made=made)
             return read_source(stack.enter_context(opened(path)), lone, [], stack)
         top_fd = stack.enter_context(opened(top))
         try:
@@ -4139,7 +4146,7 @@ def read_source(fd, item, places, stack):
         file=file, file_name=export, size=os.fstat(file.fileno()).st_size, digest=sums.get(export),
         form=form, kind="VDI" if form else "VM", places=places, label=item.name or export,
         disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
-        date=datetime.datetime.fromtimestamp(item.created), uuid=vm.get("orig_uuid", ""),
+        date=datetime.datetime.fromtimestamp(item.made), uuid=vm.get("orig_uuid", ""),
         name=vm.get("name_label") or vm_name(stem))
 
 
@@ -4556,16 +4563,16 @@ def _odd(item):
         item.error and "unreadable: " + item.error, item.unfinished and "unfinished",
         alien and "foreign", item.foreign and "foreign: " + printable(item.foreign),
         item.marker and not whole(item) and "no export", item.pinned and "pinned",
-        (item.created or 0) > time.time() + AHEAD and "from the future") if text]
+        (item.made or 0) > time.time() + AHEAD and "from the future") if text]
 
 
 def _facts(item, key):
     """What JSON tells of a backup, or of none; key: how its date is called."""
     if not item:
         return {key: None, "age_seconds": None, "kind": None, "file": None, "bytes": 0}
-    moment = datetime.datetime.fromtimestamp(int(item.created)).astimezone()
+    moment = datetime.datetime.fromtimestamp(int(item.made)).astimezone()
     kind = "vdi-export" if (item.export or "").endswith((".raw", ".vhd")) else "vm-export"
-    return {key: moment.isoformat(), "age_seconds": int(time.time() - item.created),
+    return {key: moment.isoformat(), "age_seconds": int(time.time() - item.made),
             "kind": kind if item.export else None,
             "file": item.export and from_argv(item.export), "bytes": item.size}
 
@@ -4696,7 +4703,7 @@ def _check(words, log, watch):
 def _judge(vm, shelves, warn, crit):
     """(place in the order, exit status, name, age in seconds or None, text) of one VM."""
     errors = [item.error for shelf in shelves for item in [shelf] + shelf.found if item.error]
-    made = [item.created for shelf in shelves for item in backups(shelf.found)]
+    made = [item.made for shelf in shelves for item in backups(shelf.found)]
     age, text, status = None, "never", 2
     if made:
         age = int(time.time() - max(made))
@@ -5202,7 +5209,7 @@ def vm_metrics(run, item):
             return told  # what the file knew of the disk stays
     newest = found[-1] if found else None
     return dict(told, backups=len(found), last_size_bytes=newest and newest.size,
-                last_success_timestamp_seconds=newest and int(newest.created))
+                last_success_timestamp_seconds=newest and int(newest.made))
 
 
 def send_mail(run):
