@@ -18,20 +18,20 @@ What it promises:
 What it can destroy, and where:
   * on disk: marked backups that no rule of retention keeps and this program's own unfinished
     folders, never the newest whole backup, nothing with a foreign file in it (remove_folder);
-    pool database dumps beyond max_backups (Run._dump); extract, restore and the reports replace
-    only what they made
-  * on the pool: snapshots proved to be this program's (Snapshot._attempt), and what a restore of
-    this program made and did not finish (restore's debris, by its import_task)
+    pool database dumps beyond max_backups (Run._dump); unfinished images of extract (Images)
+  * on the pool: snapshots proved to be this program's (Snapshot._attempt; on hosts before 21.4.0
+    their disks that are left out, too: Snapshot._make_ready), and what a restore of this program
+    made and did not finish, known by its import_task (clear)
 
 What it does not promise: that the guest's applications were quiet (snapshots are crash
 consistent), that an XVA fits an older XAPI, or anything about time: see the README.
 
 The rooms, each built on those above it:
-  errors and texts · settings · password and hosts · selection · names, folders and retention ·
-  proofs                                             pure, or with nothing but files
-  the watchman · the XAPI client · streams · saving  the one way to a host
-  snapshot, target, the plan · the backup of one VM · choice and preview · the run
-  restore · list and check · verify and extract · reports · the command line
+  errors and texts, settings, password and hosts, selection, names, folders and retention, proofs:
+  pure, or with nothing but files; the watchman, the XAPI client, streams, from stream to disk: the
+  one way to a host; snapshot, target, the plan; RESTORE.txt; the backup of one VM; choice and
+  preview; the run (which hands itself to those two); restore; list and check; verify and extract;
+  reports; the command line.
 
 Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
 """
@@ -393,7 +393,7 @@ def parse_time(name, pattern):
             moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
-    sane = 1970 <= moment.year < 9999  # or some zones cannot tell it
+    sane = 1969 <= moment.year < 9999  # what each zone can tell; 1969 begins 1970 in the west
     return moment if sane and moment.strftime(pattern) == name else None
 
 
@@ -1126,7 +1126,7 @@ def _delete(fd, tree):
 # ============================== proofs ==============================
 # A proof reads an export's pieces (memoryviews, each valid until the next is asked for) to the end
 # and returns what it proved, in phrases; one that begins with NOT names what it could not. Bytes
-# that cannot be a whole export raise ArchiveError. Nothing here touches network or disk.
+# that cannot be a whole export raise ArchiveError. No network here, and no file of a backup.
 
 ROUNDING = 2 * MIB  # by so much may a disk come larger than its virtual_size: the host rounds up
 METADATA_LIMIT = 256 * MIB  # bytes of an ova.xml
@@ -1981,6 +1981,12 @@ class Xapi:
                         raise
         return found
 
+    def pool(self):
+        """The pool's record."""
+        for pool in self.all("pool").values():
+            return pool
+        raise BackupError("the host tells of no pool")
+
     def wait_for(self, task, patience, doing, heed=True):
         """The record of a task once it has ended, None if it is gone.
 
@@ -2040,7 +2046,7 @@ class Xapi:
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
         are forwarded and streams are not."""
-        pool = next(iter(self.all("pool").values()))  # it logs in where that was not done yet
+        pool = self.pool()  # it logs in where that was not done yet
         if self.endpoint.address.scheme != "unix" or (
                 self.call("session.get_this_host", self.handle) == pool["master"]):
             return self.endpoint
@@ -3078,7 +3084,7 @@ class Target:
         self._outcome, self._token = outcome, new_token()
         self._made_vm = self._published = False
         self._vm_fd = self._unfinished = None
-        self._subfolders, self._touched = {}, 0.0
+        self._touched = 0.0
         self.fd = self.name = None  # of the new backup's folder
         self.sums = []  # (file below the folder, SHA-256)
 
@@ -3130,19 +3136,20 @@ class Target:
 
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
+        doomed = None
         try:
             folders = scan(self._vm_fd, self._patterns, self._vm)
             doomed = expired(folders, policy, self.name, uuid, pre_clean)
-            if not doomed:
-                return
+            # Where nothing goes, it takes away the lock of a run that was killed.
             with Lock(self._top, self._lock_name, "read.lock"):
                 for name in doomed:
                     self._outcome.say("deleting the oldest backup %s" % name)
                     if self._remove(name):
                         self._outcome.pruned.append(name)
         except (OSError, LockedError) as error:
-            self._outcome.warn("old backups of this VM are not deleted this time: %s"
-                               % describe(error))
+            if doomed != []:
+                self._outcome.warn("old backups of this VM are not deleted this time: %s"
+                                   % describe(error))
 
     def begin(self, pattern):
         """Makes the folder of the new backup: under a name that tells its run, then renamed, so
@@ -3150,7 +3157,8 @@ class Target:
         begun = ".%s.partial" % self._token
         os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
         self.name, self.fd = begun, open_folder(begun, self._vm_fd)
-        self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
+        self._unfinished = self._create(
+            UNFINISHED, self._token.encode("ascii") + b"\n", self.fd)
         moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
         while self.name == begun:
             name = native(moment.strftime(pattern))
@@ -3173,10 +3181,10 @@ class Target:
             with contextlib.suppress(OSError):  # published meanwhile
                 os.utime(UNFINISHED, dir_fd=fd, follow_symlinks=False)
 
-    def _create(self, name, data, dir_fd=None):
+    def _create(self, name, data, dir_fd):
         """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self.fd if dir_fd is None else dir_fd)
+        fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
         try:
             view = memoryview(data)
             while len(view):
@@ -3190,11 +3198,14 @@ class Target:
     def write(self, file, text):
         """Writes a small file of the backup, `NAME` or `FOLDER/NAME`, and keeps its SHA-256."""
         folder, _, name = file.rpartition("/")
-        if folder and folder not in self._subfolders:
-            os.mkdir(native(folder), 0o700, dir_fd=self.fd)
-            self._subfolders[folder] = open_folder(native(folder), self.fd)
+        if folder:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(native(folder), 0o700, dir_fd=self.fd)
         data = utf8(text)
-        os.close(self._create(native(name), data, self._subfolders.get(folder)))
+        with opened(native(folder or "."), self.fd) as fd:
+            os.close(self._create(native(name), data, fd))
+            if folder:  # that of the backup is flushed when it is published
+                sync(fd)
         self.sums.append((file, hashlib.sha256(data).hexdigest()))
 
     def publish(self, file, saved, backup_dir):
@@ -3205,9 +3216,8 @@ class Target:
         for name, value in [(file, saved.digest)] + self.sums:
             escaped = name.replace("\\", "\\\\")  # as sha256sum does
             lines.append("%s%s  %s\n" % ("\\" if escaped != name else "", value, escaped))
-        os.close(self._create("SHA256SUMS", utf8("".join(lines))))
-        for fd in list(self._subfolders.values()) + [self.fd]:
-            sync(fd)
+        os.close(self._create("SHA256SUMS", utf8("".join(lines)), self.fd))
+        sync(self.fd)
         earlier = [item.created for item in backups(self.folders)]
         now = int(time.time())
         created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
@@ -3241,7 +3251,7 @@ class Target:
         except OSError as error:
             self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
         finally:
-            descriptors = list(self._subfolders.values()) + [self._unfinished, self.fd, self._vm_fd]
+            descriptors = (self._unfinished, self.fd, self._vm_fd)
             self.fd = None
             for fd in descriptors:
                 if fd is not None:
@@ -3743,8 +3753,8 @@ def free_bytes(path):
 def run_table(run):
     """Lines of the table of what became of each VM: the failed ones first, the totals last."""
     order, rows = list(RESULTS), [["VM", "result", "size", "time", "rate", "note"]]
-    items = [("pool database", run.pool_database)] if run.pool_database else []
-    items += [(item.name, item) for item in run.outcomes]
+    items = [("pool database" if item is run.pool_database else item.name, item)
+             for item in run.results()]
     items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
     for name, item in items:
         if item.error:  # nothing is as important as the reason: it takes the other columns, too
@@ -3808,7 +3818,7 @@ class Run:
             self.log("***WARNING - tls_verify=False: the host's certificate is not checked")
         xapi.connect()
         self.watch.check()
-        pool = next(iter(xapi.all("pool").values()))
+        pool = xapi.pool()
         self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
         return candidates(xapi, self.log)
 
@@ -3998,8 +4008,12 @@ class Run:
             return "NOTE - %s tells no size: whether backups will fit is not checked" % path
         return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
+    def results(self):
+        """The Outcomes so far: that of the pool database, then those of the VMs."""
+        return [item for item in [self.pool_database] if item] + self.outcomes
+
     def counts(self):
-        """(S, W, E, skipped): E counts the pool database too."""
+        """(S, W, E, skipped): of the pool database only E counts."""
         results = collections.Counter(item.result for item in self.outcomes)
         failed = bool(self.pool_database and self.pool_database.error)
         return (results["SUCCESS"], results["WARNING"], results["ERROR"] + failed,
@@ -4009,10 +4023,10 @@ class Run:
         """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked, 128+n."""
         if self.watch.signum:
             return 128 + self.watch.signum
-        done = self.outcomes + [item for item in [self.pool_database] if item]
-        if any(item.error for item in done):
-            return 4 if all(item.locked for item in done) else 2
-        return 1 if self.settings.warnings or any(item.warnings for item in done) else 0
+        if any(item.error for item in self.results()):
+            return 4 if all(item.locked for item in self.results()) else 2
+        warned = any(item.warnings for item in self.results())
+        return 1 if self.settings.warnings or warned else 0
 
 
 # ============================== restore ==============================
@@ -4079,7 +4093,7 @@ def restore(wish, xapi, log):
     with contextlib.ExitStack() as stack:
         source = find_source(wish, log, stack)
         xapi.connect()
-        pool = next(iter(xapi.all("pool").values()))
+        pool = xapi.pool()
         source.places.append(stack.enter_context(opened(ELSEWHERE)))
         for place in [] if wish["preview"] else source.places:
             sweep(xapi, place, pool["uuid"], log)
@@ -5253,8 +5267,8 @@ def send_mail(run):
              "%s, %s, exit status %d" % (run.start.strftime("%Y-%m-%d %H:%M:%S"), time_text(
                  time.monotonic() - run.begin), run.exit_status), ""]
     lines += run.error.split("\n") + [""] if run.error else []
-    lines += run_table(run) if run.outcomes or run.pool_database else []
-    items = ([run.pool_database] if run.pool_database else []) + run.outcomes
+    items = run.results()
+    lines += run_table(run) if items else []
     again = " (one VM again: vmbackup.py - %s only=NAME)" % settings.config_file
     for head, texts in (
             ("Failed" + (again if settings.config_file else ""),
