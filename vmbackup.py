@@ -4525,9 +4525,11 @@ FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps g
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
 
-def open_shelf(word):
-    """(folder, Settings or None) of an argument: a config file (its backup_dir) or a folder."""
-    top, settings = native(word), None
+def open_shelf(words):
+    """(folder, Settings or None) of the first argument: a config file (its backup_dir) or folder."""
+    top, settings = native(words[0]), None
+    if not os.path.exists(top) and any(os.path.exists(native(word)) for word in words[1:]):
+        raise ConfigError("ERROR - the config file or folder has to stand first: no password here")
     if os.path.isfile(top):
         settings = make_settings(load_config(top), [])
         top = settings.backup_dir
@@ -4628,7 +4630,7 @@ def list_command(words, log, watch):
     if len(words) > 2:
         raise ConfigError("ERROR - invalid parameter %s: list <config-file|folder> [vm-name] [json]"
                           % words[2])
-    top, settings = watch.do(open_shelf, words[0])
+    top, settings = watch.do(open_shelf, words)
     every, single = watch.do(take_stock, top, settings, watch)
     shelves = _named(every, words[1]) if len(words) > 1 else every
     good = [item for shelf in shelves for item in backups(shelf.found)]
@@ -4693,7 +4695,7 @@ def _check(words, log, watch):
             given.append(word)
     if ages["crit"] < ages["warn"]:
         raise ConfigError("ERROR - crit= (default 50h) is below warn= (default 26h)")
-    top, settings = watch.do(open_shelf, words[0])
+    top, settings = watch.do(open_shelf, words)
     shelves, _ = watch.do(take_stock, top, settings, watch)
     if given:
         asked = [(given[0], _named(shelves, given[0]))]
@@ -4780,7 +4782,7 @@ def verify(word, only, log, watch):
     """The same in a worker. only: a VM's name or nothing."""
     top, good, bad = os.path.abspath(native(word)), 0, 0
     lone = os.path.isfile(top) and EXPORT.match(top)
-    top = top if lone else open_shelf(word)[0]
+    top = top if lone else open_shelf([word] + only)[0]
     for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
         names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
@@ -5331,22 +5333,28 @@ def deliver(settings, data, timeout):
 
 
 def send_reports(run):
-    """Mails and writes what the settings ask for, the mail first: one that cannot be sent is a
-    warning of the run, in its other reports too."""
+    """Writes and mails what the settings ask for. What fails is a warning of the run; a mail that
+    could not be sent stands in the reports, too, which do not wait for it."""
     settings = run.settings
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
-    for wanted, make, failure in (
-            (settings.mail_to and when, send_mail, "the mail could not be sent"),
-            (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
-            (settings.report_json, write_json, "report_json cannot be written")):
+
+    def make(wanted, function, failure):
         try:
             if wanted:
-                make(run)
+                function(run)
         except Exception as error:  # the email package raises nearly anything at odd addresses
             text = "***WARNING - %s: %s" % (failure, describe(error))
             settings.warnings.append(text)
             run.log(text)
             run.exit_status = run.exit_status or 1
+
+    for mailed in (False, True):
+        before = len(settings.warnings)
+        if mailed:
+            make(settings.mail_to and when, send_mail, "the mail could not be sent")
+        if not mailed or len(settings.warnings) > before:
+            make(settings.metrics_file, write_metrics, "metrics_file cannot be written")
+            make(settings.report_json, write_json, "report_json cannot be written")
 
 
 # ============================== the command line ==============================
@@ -5510,6 +5518,10 @@ def other_command(name, words, log, watch):
         return too_few("Usage: %s\n" % usage, missing)
     if name == "restore":
         check_order(*words[:2])
+        first, second = map(native, words[:2])
+        if not os.path.exists(second) and (os.path.isdir(first) or EXPORT.match(first)):
+            raise ConfigError("ERROR - the first argument of restore has to be the password (a"
+                              " password file, - or local)")
         check_packages()
     return {"verify": verify_command, "list": list_command, "check": check_command,
             "extract": extract_command, "restore": restore_command}[name](words, log, watch)
