@@ -46,7 +46,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -62,9 +61,7 @@ import socket
 import ssl
 import stat
 import struct
-import subprocess
 import sys
-import tarfile
 import termios
 import threading
 import time
@@ -1494,6 +1491,8 @@ def has_zstd():
 def unzstd(pieces):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0. A thread of
     its own reads the pieces; it and the child are gone when this generator is."""
+    import subprocess
+
     if not has_zstd():
         raise BackupError("nothing here can decompress it: install the command zstd")
     buffer = memoryview(bytearray(MIB))
@@ -2722,9 +2721,10 @@ class Snapshot:
         return name.replace(" ", "-")
 
     def __enter__(self):
-        self.sweep()
+        known = self.sweep()
         self._outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
-        known = set(self._xapi.call(self._kind + ".get_snapshots", self._source))
+        if not self.of_vm:
+            known = self._xapi.call("VDI.get_snapshots", self._source)
         try:
             self.ref = self._take()
             self.record = self._prove(self.ref, known)
@@ -2765,7 +2765,8 @@ class Snapshot:
         return prover(file, size, [disk.vdi["uuid"] for disk in self.disks])
 
     def sweep(self):
-        """Destroys what a killed run left on the pool, and nothing else."""
+        """Destroys what a killed run left on the pool, and nothing else. Returns the refs of the
+        VM's snapshots that were there."""
         snapshots = self._xapi.call("VM.get_snapshots", self._plan.ref)
         for ref, record in self._xapi.records("VM", snapshots).items():
             if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
@@ -2777,6 +2778,7 @@ class Snapshot:
                 if is_ours(record, disk.ref, self._disk_name(disk)):
                     self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
                     self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
+        return snapshots
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
@@ -3048,9 +3050,12 @@ def open_vm_folder(name, top):
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise Refused("%s is a symbolic link or no folder: refused" % name) from None
         raise
-    if nfc(name) not in map(nfc, os.listdir(top)):
-        os.close(fd)
-        raise Refused("%s belongs to a VM whose name differs only in case" % name)
+    with contextlib.suppress(OSError):  # FileNotFoundError where case counts
+        twin = os.stat(name.swapcase(), dir_fd=top, follow_symlinks=False)
+        folds = name.swapcase() != name and os.path.samestat(os.fstat(fd), twin)
+        if folds and nfc(name) not in map(nfc, os.listdir(top)):
+            os.close(fd)
+            raise Refused("%s belongs to a VM whose name differs only in case" % name)
     return fd
 
 
@@ -3083,37 +3088,37 @@ class Target:
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
             self._vm_fd = open_vm_folder(self._vm, self._top)
-            self._clear()
-            self.folders = self._scan()
+            self.folders = self._clear()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _scan(self):
-        return scan(self._vm_fd, self._patterns, self._vm)
-
     def _clear(self):
-        """Unfinished backups of runs that are over go; those of living runs stay."""
-        foreign = []
-        for item in self._scan():
+        """Unfinished backups of runs that are over go; those of living runs stay. Returns the
+        Folders that are left."""
+        foreign, left = [], []
+        for item in scan(self._vm_fd, self._patterns, self._vm):
             begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
-            if begun or (item.unfinished and item.created is not None):
-                self._clear_one(item.name)
-            elif item.created is None or not item.marker:
-                foreign.append(item.name)
+            if not begun and not (item.unfinished and item.created is not None):
+                left.append(item)
+                if item.created is None or not item.marker:
+                    foreign.append(item.name)
+            elif not self._clear_one(item.name):
+                left.append(item)
         for name in foreign[:5]:
             self._outcome.say("%s is no backup of this program: left alone" % name)
         if foreign[5:]:
             self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
+        return left
 
     def _clear_one(self, name):
         writer = writer_of(self._vm_fd, name, self._token, self._lock.now())
         if writer:
             self._outcome.warn("%s is %s: left alone" % (name, writer))
-        else:
-            self._outcome.say("removing the unfinished backup %s" % name)
-            self._remove(name)
+            return False
+        self._outcome.say("removing the unfinished backup %s" % name)
+        return self._remove(name)
 
     def _remove(self, name):
         try:
@@ -3126,7 +3131,7 @@ class Target:
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
         try:
-            folders = self._scan()
+            folders = scan(self._vm_fd, self._patterns, self._vm)
             doomed = expired(folders, policy, self.name, uuid, pre_clean)
             if not doomed:
                 return
@@ -3203,7 +3208,7 @@ class Target:
         os.close(self._create("SHA256SUMS", utf8("".join(lines))))
         for fd in list(self._subfolders.values()) + [self.fd]:
             sync(fd)
-        earlier = [item.created for item in backups(self._scan())]
+        earlier = [item.created for item in backups(self.folders)]
         now = int(time.time())
         created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
         path = os.path.join(backup_dir, self._vm, self.name)
@@ -3482,6 +3487,7 @@ def cfg(record, keys, more):
 
 def fetch_ova(xapi, ref, activity):
     """The ova.xml of the VM's /export_metadata, indented where it is not huge."""
+    import tarfile
     from xml.dom import minidom
 
     query, data = {"ref": ref, "export_snapshots": "false"}, bytearray()
@@ -4360,6 +4366,10 @@ def finish(xapi, source, plan, ref, record, log):
             " bootable=false" % record["uuid"])
         log("  xe vbd-plug uuid=VBD  (if the VM runs)")
         return
+    others = [vm["name_label"] for other, vm in xapi.all("VM").items()
+              if other != ref and not vm["is_a_snapshot"]]
+    while plan.name in others:  # another restore was quicker
+        plan.name += "-2"
     xapi.call("VM.set_name_label", ref, plan.name)
     xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
         source.label, record["name_description"])).strip())
@@ -4388,14 +4398,15 @@ def write_note(places, name, facts, log):
     for place in places:
         try:
             fd = os.open(name, flags, 0o600, dir_fd=place)
-            with contextlib.suppress(OSError):  # no locks here
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # where there are no locks, the next place serves
             os.write(fd, json.dumps(facts).encode("ascii"))
             os.fsync(fd)
             os.stat(name, dir_fd=place)  # another restore may have swept it away, still empty
             sync(place)
             return place, fd
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=place)
             log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
     raise BackupError("the restore cannot be noted")
 
@@ -4526,7 +4537,7 @@ def take_stock(top, settings, watch):
                 with opened(name, fd) as vm_fd:
                     shelves.append(_shelf(vm_fd, name, patterns))
             except OSError as error:
-                if error.errno != errno.ENOTDIR and name != "lost+found":
+                if error.errno not in ABSENT and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
         shelves = [item for item in shelves if item.found or item.error]
         if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
@@ -5164,6 +5175,14 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
+    with opened(os.path.dirname(run.settings.metrics_file) or ".") as folder:
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another run's series are not lost
+        replace_file(run.settings.metrics_file, metrics(run).encode("utf-8"), 0o644)
+
+
+def metrics(run):
+    """The text of metrics_file."""
     settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
@@ -5189,7 +5208,7 @@ def write_metrics(run):
         lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
                   for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
-    replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
+    return "\n".join(lines) + "\n"
 
 
 def vm_metrics(run, item):
@@ -5584,6 +5603,8 @@ def parse_selector(text):
 
 def check_packages():
     """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
+    import importlib.util
+
     for module in ("XenAPI", "requests"):
         if importlib.util.find_spec(module) is None:
             raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
