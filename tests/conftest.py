@@ -27,7 +27,7 @@ LONG = ("test_death_and_signals.py", "test_of_the_host.py", "test_preview.py", "
 def pytest_configure(config):
     counter.register(config)
     config.addinivalue_line(
-        "markers", "newest: touches no vmbackup.py; run.py runs it on the newest Python only")
+        "markers", "newest: does not depend on the Python; run.py runs it on the newest one only")
 
 
 def pytest_collection_modifyitems(items):

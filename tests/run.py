@@ -4,7 +4,7 @@
 
 Needs nothing but a Python 3.6 or newer and a package index: it makes its virtual environments in
 the folder .venv. The tests run on Python 3.6, where one is found, and on the newest Python found;
-those of the simulator itself, which never touch vmbackup.py, on the newest only.
+those that do not depend on the Python (pytest's mark `newest`) on the newest only.
 """
 import argparse
 import collections

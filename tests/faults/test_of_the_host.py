@@ -228,6 +228,7 @@ def pool_for(faults):
 CHOOSE = ("vm-export=.*", "exclude=RESTORE_a witness", "max_backups=1", "pre_clean=True")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("compress, suffix, rows, words", [
     ("False", "xva", dict(ANY_EXPORT, **XVA), ()),
     ("gzip", "xva.gz", PACKED, ("http",)),
@@ -274,6 +275,7 @@ DISK["page in place of the end"] = Fault(
     FAILS, "export_fail", {"after": "a page before the end", "error_info": IO}, "VDI_IO_ERROR")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("form", ["raw", "vhd"])
 def test_faults_of_a_disks_export(turn, tally, form):
     here = turn(pool_for(DISK))
@@ -324,9 +326,9 @@ DATABASE = [
     ("export_fail", {"after": -12}, "VDI_IO_ERROR"),
     ("export_fail_after_whole", {}, "VDI_IO_ERROR"),
     ("export_fail_after_whole", {"text": True}, "VDI_IO_ERROR"),
-    ("export_cut", {"after": 0, "task": "vanish"}, "does not end in </database>"),
-    ("export_cut", {"after": -12, "task": "vanish"}, "does not end in </database>"),
-    ("export_cut", {"after": -5, "task": "success"}, "does not end in </database>"),
+    ("export_cut", {"after": 0, "task": "vanish"}, "the dump is damaged or lacks </database>"),
+    ("export_cut", {"after": -12, "task": "vanish"}, "the dump is damaged or lacks </database>"),
+    ("export_cut", {"after": -5, "task": "success"}, "the dump is damaged or lacks </database>"),
     ("export_reset", {"after": 5000}, "connection to the host broke"),
     ("export_500", {"error_info": ["INTERNAL_ERROR", "Not_found"]}, "INTERNAL_ERROR Not_found"),
     ("task_never_completes", {}, "task did not end within"),
@@ -449,6 +451,7 @@ def methods_to_hit(calls, what, options):
     return methods
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind, what, options", [
     ("vm-export", "session_lost", {}),
     ("vm-export", "xapi_restart", {}),
@@ -466,7 +469,7 @@ def test_the_host_lets_go_at_a_call(turn, tmp_path, tally, kind, what, options):
         def run(vm):
             here.configure("%s=%s" % (kind, vm), "max_backups=2")
             here.sim.reset_calls()
-            result = forks.run(here)
+            result = forks.run(here, constants=IMPATIENT)
             return result, here.sim.calls()
 
         result, calls = run("vm00")

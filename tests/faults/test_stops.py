@@ -42,6 +42,7 @@ def test_signals_that_end_a_process_undo_what_is_begun(turn, name):
     here, signum = turn(one_vm()), getattr(signal, "SIG" + name)
     process = exporting(here)
     process.send_signal(signum)
+    wait_until(lambda: "task.cancel" in here.sim.methods())
     here.sim.clear_faults()  # a host that would send on notices that nobody is there
     result = finish(process)
     assert result.status == 128 + signum, result
@@ -55,6 +56,7 @@ def test_no_core_file_can_be_written(turn):
     with open("/proc/%d/limits" % process.pid) as limits:
         (line,) = [line for line in limits if line.startswith("Max core file size")]
     process.terminate()
+    here.sim.clear_faults()
     finish(process)
     # 0 would not do: a kernel that hands cores to a program heeds no limit but 1, see core(5).
     assert line.split()[4:6] == ["1", "1"]
@@ -160,7 +162,7 @@ def test_a_second_signal_ends_it_at_once(turn):
 def test_the_command_timeout_sends_its_signal_twice(turn):
     """It sends one to its child, and at once another to the group: they are one stop."""
     here = turn(one_vm())
-    run = exporting(here, command=["timeout", "8"])
+    run = exporting(here, command=["timeout", "4"])
     wait_until(lambda: "task.cancel" in here.sim.methods())
     here.sim.clear_faults()
     result = finish(run)

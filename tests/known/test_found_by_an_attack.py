@@ -315,6 +315,7 @@ WRONG = {"a live VM": "db", "the VM itself": "web", "a snapshot of another": "of
          "an older one of its own": "of web"}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("what", sorted(WRONG))
 @pytest.mark.parametrize("kind", ["vm-export", "vdi-export"])
 def test_a_wrong_ref_for_a_new_snapshot_is_not_believed(turn, kind, what):
@@ -430,6 +431,7 @@ def test_a_mirror_copied_during_a_run_is_no_success(verified):
     verify(verified, 2, "unfinished.partial")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("gone", ["vm-metadata.xml", "vm.cfg", "DISK-xvda", "DISK-xvda/vdi.cfg"])
 def test_metadata_that_is_gone_with_its_line_is_missed(verified, gone):
     (folder,) = verified.folders("web")
@@ -477,6 +479,7 @@ ODD_SUMS = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("what", sorted(ODD_SUMS))
 def test_odd_sums_end_no_other_backups_turn(verified, what):
     path = verified.folders("web")[0] / "SHA256SUMS"
@@ -660,6 +663,7 @@ def proof_of(site, proof):
     return "%s=%s" % (proof, value)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("master", ["http://127.0.0.1:{port}", "{socket}", "127.0.0.1:{port}"])
 @pytest.mark.parametrize("proof", ["tls_fingerprint", "tls_ca"])
 def test_a_host_that_proved_itself_names_no_master_that_cannot(turn, listener, master, proof):

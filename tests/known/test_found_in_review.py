@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import ROOT, SCRIPT, finish, hasty, vmbackup
-from support.world import one_vm, wait_until
+from support.world import IMPATIENT, one_vm, wait_until
 
 
 class Between:
@@ -97,7 +97,7 @@ def test_tls_that_breaks_tells_no_session(turn, between, deed):
     host = here.sim.hosts[0]
     way = between((host["address"], host["port"]), lambda number, client: number > 1
                   and deed(client))
-    result = here.run("host=" + way.host)
+    result = here.run("host=" + way.host, constants=IMPATIENT)
     assert result.status == 2, result
     assert result.has("web - ***ERROR*** the connection to the host broke"), result
     written = result.out + result.err + "".join(

@@ -306,6 +306,7 @@ NIGHTS = {
 }
 
 
+@pytest.mark.newest
 def test_a_month_of_nights(turn, tmp_path, shim):
     """A fault every other night, two changes of the clock; what stays is what the rules say, whole;
     nothing is left on the pool."""

@@ -253,8 +253,8 @@ def test_an_export_that_moves_no_more_is_given_up(turn, kind):
     site = turn(pool_of("web", "zdb", power_state="Running"))
     site.configure(kind + "=web", kind + "=zdb", "vdi_export_format=vhd")
     path, of = ("/export", "vm") if kind == "vm-export" else ("/export_raw_vdi", "vdi")
-    site.sim.fault("export_silence", path=path, **{of: "web", "after": 4096, "seconds": 8})
-    process = hasty(site, SILENCE=0.3, STALLED=3, TASK_ENDS=1, FAILURE_ENDS=0.2)
+    site.sim.fault("export_silence", path=path, **{of: "web", "after": 4096, "seconds": 4})
+    process = hasty(site, SILENCE=0.3, STALLED=1.5, TASK_ENDS=1, FAILURE_ENDS=0.2)
     result = finish(process)
     assert result.status == 2, result
     assert result.has("%s web - ***ERROR***" % kind) and result.has("zdb - ***Success***")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from simulator.pool import MIB, Pool, disk
-from support.harness import finish, start
+from support.harness import finish, hasty, start
 from support.mail_server import MailServer
 from support.world import wait_until
 
@@ -224,7 +224,7 @@ def test_a_mail_that_fails_is_tried_three_times_and_is_a_warning_of_the_run(
         here.config = here.path / (name + ".cfg")
         report = "report_json=%s/%s.json" % (here.path, name)
         here.configure("vm-export=" + name, report, *server.settings(**more))
-        runs.append(here.start())
+        runs.append(hasty(here, MAIL_PAUSE=1))
     results = [finish(process) for process in runs]
     for number, (result, cause) in enumerate(zip(results, (
             "451", None, "535", "CERTIFICATE_VERIFY_FAILED"))):
@@ -281,18 +281,20 @@ def test_a_stop_is_told_by_mail_and_waits_for_no_mail_server(here, mail_server):
         here.configure("vm-export=.*", "report_json=%s/report.json" % here.path,
                        *server.settings(smtp_port=port))
         here.sim.fault("export_silence", after=4096, seconds=3600)
-        process = here.start()
+        process = hasty(here, MAIL_TIMEOUT=2)
         wait_until(lambda number=number: number == sum(
             call["method"] == "GET /export" for call in here.sim.calls()))
         begin = time.monotonic()
         process.terminate()
+        wait_until(lambda number=number: number == sum(
+            call["method"] == "task.cancel" for call in here.sim.calls()))
+        here.sim.clear_faults()
         result = finish(process)
         assert result.status == 143, result
-        assert time.monotonic() - begin < 50
+        assert time.monotonic() - begin < 20
         told = json.loads((here.path / "report.json").read_text(encoding="utf-8"))
         assert told["exit_status"] == 143
         assert [vm["status"] for vm in told["vms"]].count("SKIPPED") == 2
-        here.sim.clear_faults()
     silent.close()
     (mail,) = server.mails
     assert mail["Subject"].startswith("ERROR ")

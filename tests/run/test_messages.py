@@ -154,7 +154,7 @@ def test_a_snapshot_that_cannot_be_destroyed_is_a_warning_with_advice(turn):
     codes = [code for code in CODES if code not in ("HANDLE_INVALID", "HOST_IS_SLAVE")]
     for code in codes:  # one is a snapshot that is gone, the other another host to ask
         here.sim.fault("vm_destroy_error", vm=code, error_info=[code, PARAMETER])
-    result = finish(hasty(here, "host=" + here.sim.http, RECOVERY=3, **IMPATIENT))
+    result = finish(hasty(here, "host=" + here.sim.http, **IMPATIENT))
     assert result.status == 1, result
     for code in codes:
         (line,) = [line for line in result.lines if line.startswith(code + ": WARNING")]

@@ -192,11 +192,11 @@ def calls_of_preview(tmp_path, vms, line):
         return sim.methods()
 
 
-@pytest.mark.timeout(600)  # 10,000 records are 50 MB of XML
+@pytest.mark.newest
 def test_the_number_of_calls_does_not_depend_on_the_pool(tmp_path):
     few = calls_of_preview(tmp_path, 60, "vm-export=.*")
     assert len(few) < 12
-    assert calls_of_preview(tmp_path, 10000, "vm-export=.*") == few
+    assert calls_of_preview(tmp_path, 2000, "vm-export=.*") == few
 
 
 def test_what_one_vm_costs_does_not_depend_on_the_pool(tmp_path):

@@ -294,10 +294,12 @@ def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
     class Recorder(io.StringIO):
         def write(self, text):
             told.append((text, bool(termios.tcgetattr(master)[3] & termios.ECHO)))
+            if text == "Password: ":
+                os.write(master, b"secret\n")
 
     monkeypatch.setattr(program.sys, "stderr", Recorder())
-    with open(slave, "rb", buffering=0) as stream, program.no_echo(stream):
-        pass
+    with open(slave, encoding="ascii") as stream:
+        assert program.read_line(stream) == b"secret\n"
     os.close(master)
     assert [pair for pair in told if pair[0]] == [("Password: ", False), ("\n", True)]
 

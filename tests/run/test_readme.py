@@ -23,6 +23,7 @@ from support.harness import SCRIPT, vmbackup
 from support.world import WRONG
 from tools.environment import ROOT
 
+pytestmark = pytest.mark.newest
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAM = "python3 vmbackup.py"
 DATE = "backup-2026-11-23-(02:00:00)"  # of every backup in the README

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a run leaves to read: the log, the status log, the exit status, report_json, in UTF-8."""
 import calendar
+import contextlib
 import hashlib
 import json
 import os
@@ -423,7 +424,7 @@ def node(path, kind, minor=0):
     return path
 
 
-NULL, FULL = 3, 7
+NULL = 3
 
 
 def kind_and_bytes(path):
@@ -534,9 +535,12 @@ def warned_of_status_log(result):
     return line
 
 
-def test_a_status_log_on_a_full_disk_is_one_warning(turn):
-    here = turn(three_vms())
-    here.status_log = node(here.path / "full", stat.S_IFCHR, FULL)
+def test_a_status_log_on_a_full_disk_is_one_warning(small_disk):
+    here = small_disk(three_vms(), 1)
+    with contextlib.suppress(OSError):
+        (here.backups / "rest").write_bytes(bytes(2 * MIB))
+    here.status_log, here.backups = here.backups / "status.log", here.path / "elsewhere"
+    here.backups.mkdir()
     here.configure("vm-export=.*", "report_json=%s/report.json" % here.path)
     line = warned_of_status_log(here.run())
     assert "No space left on device" in line
@@ -562,14 +566,20 @@ def test_a_status_log_whose_folder_goes_away_is_one_warning(turn):
 
 
 def test_a_status_log_that_nobody_wants_is_no_warning(turn):
+    """/dev/null is the one device that is let pass; what is there stays there."""
     here = turn(three_vms())
-    here.status_log = node(here.path / "null", stat.S_IFCHR, NULL)
+    here.status_log = Path(os.devnull)
     here.configure("vm-export=web")
     before = kind_and_bytes(here.status_log)
     result = here.run()
     assert result.status == 0, result
     assert not result.has("WARNING")
     assert kind_and_bytes(here.status_log) == before
+    here.status_log = node(here.path / "null", stat.S_IFCHR, NULL)
+    here.configure("vm-export=web")
+    result = here.run()
+    assert result.status == 3, result
+    assert result.has("is no regular file")
 
 
 def test_a_reader_that_went_away_stops_no_backup(turn):

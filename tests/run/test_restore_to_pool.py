@@ -277,6 +277,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("lone", [False, True])
 @pytest.mark.parametrize("line", ["vm-export", "gzip", "raw", "vhd"])
 @pytest.mark.parametrize("damage", sorted(DAMAGES))

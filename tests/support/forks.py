@@ -122,10 +122,10 @@ class Forks(Forker):
         super().__init__(preload)
         self._out = str(folder / "fork.out")
 
-    def start(self, site, *words, env=None):
+    def start(self, site, *words, constants=None, env=None):
         """A run with the site's config file that waits for go(); without TLS, to save its time."""
         return self.begin([site.sim.password, site.config, "host=" + site.sim.http] + list(words),
-                          env=env)
+                          constants, env)
 
     def begin(self, words, constants=None, env=None):
         """The same for any words; constants: see run() above."""
@@ -133,9 +133,9 @@ class Forks(Forker):
         pid = self.ask(json.dumps([words, env or {}, constants or {}, self._out, "", True]))
         return _Run(self, pid, self._out)
 
-    def run(self, site, *words, env=None):
+    def run(self, site, *words, constants=None, env=None):
         """A run from its start to its end."""
-        return self.start(site, *words, env=env).go()
+        return self.start(site, *words, constants=constants, env=env).go()
 
     def __enter__(self):
         return self
