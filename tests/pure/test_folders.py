@@ -57,7 +57,7 @@ def test_a_backup_is_seen_whole(tmp_path):
     assert vmbackup.whole(found)
     assert found == vmbackup.Folder(
         folder.name, 1767232800.0 + 3 * 86400, "success", False, False, "web.xva", 7, "ab-1",
-        found.date, "", None, "web")
+        found.date, "", None, "web", made=1767232800.0 + 3 * 86400)
     assert str(found.date) == "2026-01-03"
 
 

@@ -265,6 +265,7 @@ class Reader:
     def plain(self, line):
         """A line without what differs from run to run."""
         line = line.replace(str(self.folder / "vms"), "/mnt/backup/vms")
+        line = line.replace(str(self.folder / "images"), "/var/tmp")
         line = re.sub(r"(127\.0\.0\.\d+|xen1\.example\.org)(:\d+)?", "HOST", line)
         line = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID", line)
         line = re.sub(r"\b[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){31}\b|\b[0-9a-f]{64}\b", "SHA", line)
