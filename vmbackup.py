@@ -4526,7 +4526,7 @@ NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
 
 def open_shelf(words):
-    """(folder, Settings or None) of the first argument: a config file (its backup_dir), a folder."""
+    """(folder, Settings or None) of the first word: a config file (its backup_dir) or a folder."""
     top, settings = native(words[0]), None
     if not os.path.exists(top) and any(os.path.exists(native(word)) for word in words[1:]):
         raise ConfigError("ERROR - the config file or folder has to stand first: no password here")
