@@ -64,6 +64,7 @@ def test_killed_at_every_call(turn, tmp_path, tally, kind):
     tally("SIGKILL at a call of a " + kind, deaths - len(window), ledger)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("pre_clean", [False, True])
 def test_killed_at_every_change_on_disk(turn, tmp_path, shim, tally, pre_clean):
     """With pre_clean, up to the moment from which on the run goes like the other."""

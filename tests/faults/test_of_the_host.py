@@ -584,7 +584,7 @@ def test_a_dead_host_is_noticed(site, clock, tally):
                and "GET /export" in here.sim.methods())
     os.kill(here.sim.pid, signal.SIGSTOP)
     try:
-        clock.go_on_until(lambda: process.poll() is not None, seconds=30)
+        clock.go_on_until(lambda: process.poll() is not None, seconds=120)
         result = finish(process)
     finally:
         os.kill(here.sim.pid, signal.SIGCONT)

@@ -308,7 +308,7 @@ def test_nothing_half_written_stays(turn, shim, tmp_path):
     left = 0
     for step in steps:
         assert finish(here.start(env=dict(env, SHIM_KILL=str(step + 1)))).status == -signal.SIGKILL
-        left += len([path for path in here.path.rglob("*.vmbackup*")])
+        left += len(list(here.path.rglob("*.vmbackup*")))
     assert left
     assert here.run().status == 0
-    assert not [path for path in here.path.rglob("*.vmbackup*")]
+    assert not list(here.path.rglob("*.vmbackup*"))

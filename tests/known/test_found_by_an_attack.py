@@ -40,6 +40,7 @@ def age(path, minutes):
 
 # --- two runs into one folder ---------------------------------------------------------------------
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", ["vm-export", "vdi-export"])
 def test_two_runs_in_one_second_where_no_lock_reaches(turn, tmp_path, shim, kind):
     """Two servers' cron at 02:00. Whatever becomes of each run: what one of them has published and
