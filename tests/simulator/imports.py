@@ -121,6 +121,11 @@ class Handler(Answer):
                 else:
                     self.db.delete(cls, ref)
 
+    def _end_cut(self, cut):
+        """xapi dies; when it is back, nothing is under way any more."""
+        self._unlock()
+        super()._end_cut(cut)
+
     def _reset(self):
         """The line breaks; xapi sees the end of the body and clears away."""
         self.connection.reset()

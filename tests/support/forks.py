@@ -124,8 +124,13 @@ class Forks(Forker):
 
     def start(self, site, *words, env=None):
         """A run with the site's config file that waits for go(); without TLS, to save its time."""
-        words = [site.sim.password, str(site.config), "host=" + site.sim.http] + list(words)
-        pid = self.ask(json.dumps([words, env or {}, {}, self._out, "", True]))
+        return self.begin([site.sim.password, site.config, "host=" + site.sim.http] + list(words),
+                          env=env)
+
+    def begin(self, words, constants=None, env=None):
+        """The same for any words; constants: see run() above."""
+        words = [str(word) for word in words]
+        pid = self.ask(json.dumps([words, env or {}, constants or {}, self._out, "", True]))
         return _Run(self, pid, self._out)
 
     def run(self, site, *words, env=None):

@@ -11,6 +11,7 @@ import xmlrpc.client
 
 import pytest
 import XenAPI
+
 from simulator.client import Simulator
 from simulator.pool import MIB, Pool, cd, disk, vif
 
