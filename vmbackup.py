@@ -55,6 +55,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -75,7 +76,7 @@ import warnings
 import xml.parsers.expat
 import xmlrpc.client
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 __version__ = "4.0.0"
@@ -146,7 +147,7 @@ ADVICE = {
     "RBAC_PERMISSION_DENIED": "the user lacks the role for this; root or pool-admin has it",
     "SESSION_AUTHENTICATION_FAILED": "wrong user name or password",
     "SESSION_INVALID": "the session ended: the host's toolstack was restarted",
-    "SR_BACKEND_FAILURE_44": "the storage repository has no space left for a snapshot",
+    "SR_BACKEND_FAILURE_44": "the storage repository has no space left for a snapshot or a disk",
     "SR_BACKEND_FAILURE_46": "the storage repository could not read or attach the disk",
     "SR_BACKEND_FAILURE_109": "the chain of snapshots is too long: delete snapshots of this VM and"
     " let the storage repository coalesce",
@@ -154,7 +155,7 @@ ADVICE = {
     "TASK_CANCELLED": "the task was cancelled on the host",
     "UUID_INVALID": "there is no such object any more",
     "VDI_IN_USE": "the disk is still attached somewhere",
-    "VDI_IO_ERROR": "the host could not read the disk: check its storage",
+    "VDI_IO_ERROR": "the host could not read or write the disk: check its storage and space",
     "VDI_IS_SHARABLE": "shared disks cannot be snapshotted",
     "VDI_NOT_MANAGED": "the disk is not managed by XAPI",
     "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "the disk is set to reset on boot",
@@ -173,7 +174,8 @@ class XapiError(BackupError):
     """A failure that XAPI reported: `code` and `params` as in its ErrorDescription."""
 
     def __init__(self, details, doing=""):
-        details = [str(item) for item in details] or ["INTERNAL_ERROR"]
+        # A task that was cancelled tells nothing (taskHelper.ml).
+        details = [str(item) for item in details] or ["TASK_CANCELLED"]
         # From v24.34 on rbac_raise hides another handler's failure in its third element.
         hidden = re.match(r"([A-Z][A-Z0-9_]+): \[", details[2]) if len(details) > 2 else None
         self.code = details[0]
@@ -181,7 +183,7 @@ class XapiError(BackupError):
             self.code = hidden.group(1)
         self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
         self.final = self.code in FINAL
-        text = " ".join([self.code] + [item for item in self.params if item])
+        text = without_refs(" ".join([self.code] + [item for item in self.params if item]))
         advice = ADVICE.get(self.code)
         if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
             advice = "the storage repository refused: look at /var/log/SMlog on the host"
@@ -190,12 +192,20 @@ class XapiError(BackupError):
 
 
 class ConnectionLost(XapiError):
-    """A call or stream broke: whether the host carried it out is not known."""
+    """A call or stream broke: whether the host carried it out is not known. reason: the error, or a
+    text of our own."""
 
     def __init__(self, reason):
         super().__init__(["CONNECTION_LOST"])
-        text = re.sub(r"(session_id=)[^&\s']+", r"\1...", describe(reason))  # worth a password
-        self.args = ("the connection to the host broke: %s" % text,)
+        if not isinstance(reason, str):
+            reason = describe(reason).replace("ERROR - ", "")
+            reason = "the connection to the host broke: %s" % without_refs(reason)
+        self.args = (reason,)
+
+
+def without_refs(text):
+    """A text without the references of objects: a session's is worth a password."""
+    return re.sub(r"(OpaqueRef(:|%3A))[\w-]+", r"\1...", text)
 
 
 def describe(error):
@@ -219,8 +229,8 @@ def debug(error, log):
     """Logs where an error came from, if the environment has VMBACKUP_DEBUG=1."""
     if os.environ.get("VMBACKUP_DEBUG") == "1":
         for text in traceback.format_exception(type(error), error, error.__traceback__):
-            for line in text.rstrip().split("\n"):  # a session's reference is worth a password
-                log("DEBUG %s" % re.sub(r"(OpaqueRef(:|%3A))[\w-]+", r"\1...", line))
+            for line in text.rstrip().split("\n"):
+                log("DEBUG %s" % without_refs(line))
 
 
 def from_argv(arg):
@@ -281,15 +291,17 @@ def plural(count, noun):
 
 def table(rows, width=100, right=()):
     """Lines of a table. rows: tuples of texts, the heads first; right: numbers of the columns that
-    stand to the right. The last column takes what is left of `width` and is cut with an ellipsis
-    there; a long first column (a VM's name) makes the table wider rather than losing a letter."""
+    stand to the right. A row's last cell takes what is left of `width`, in a row with fewer cells
+    the other columns too, and is cut with an ellipsis there; a long first column (a VM's name)
+    makes the table wider rather than losing a letter."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
-    left = max(width - sum(widths) - 2 * len(widths), 12)
+    widths = [max(len(row[column]) for row in rows if len(row) > column + 1)
+              for column in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:
         cells = [cell.rjust(size) if number in right else cell.ljust(size)
-                 for number, (cell, size) in enumerate(zip(row, widths))]
+                 for number, (cell, size) in enumerate(zip(row[:-1], widths))]
+        left = max(width - sum(len(cell) + 2 for cell in cells), 12)
         last = row[-1] if len(row[-1]) <= left else row[-1][: left - 1] + "\u2026"
         lines.append("  ".join(cells + [last]).rstrip())
     return lines
@@ -312,28 +324,44 @@ Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: 
 Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
 
-def read_small(name, dir_fd=None, limit=MIB, part=False):
-    """The bytes of a small file; part: only its first `limit` bytes, however large it is. With
-    dir_fd no link is followed. BackupError (never a wait) for what is no regular file, or larger
-    than `limit`; OSError for what cannot be read."""
+def open_file(name, dir_fd=None):
+    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, and
+    BackupError (never a wait) for what is no regular file."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BackupError("%s is no regular file" % name)
+    return fd
+
+
+def read_small(name, dir_fd=None, limit=MIB, part=False):
+    """The bytes of a small file, opened by open_file; part: only its first `limit` bytes, however
+    large it is. BackupError if it is larger than `limit`."""
+    fd, data, piece = open_file(name, dir_fd), b"", None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise BackupError("%s is no regular file" % name)
-        with open(fd, "rb", closefd=False) as file:
-            data = file.read(limit if part else limit + 1)
+        while len(data) <= limit and piece != b"":
+            piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
+            data += piece
     finally:
         os.close(fd)
-    if len(data) > limit:
+    if len(data) > limit and not part:
         raise BackupError("%s is larger than %s" % (name, size_text(limit)))
-    return data
+    return data[:limit]
 
 
-def _choice(*values, **others):
-    table = {str(value).lower(): value for value in values}
-    table.update(others)
-    return lambda text: table[text.lower()]
+def _choice(*same, **values):
+    values.update({value.lower(): value for value in same})
+    return lambda text: values[text.lower()]
+
+
+def _like(pattern, convert):
+    def parse(text):
+        if not re.match(pattern, text):
+            raise ValueError
+        return convert(text)
+
+    return parse
 
 
 def _number(low, high):
@@ -346,24 +374,7 @@ def _number(low, high):
 
 
 def _several(parse):
-    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()] or None
-
-
-def _file(text):
-    return native(text) or None
-
-
-def _metrics_file(text):
-    if not text.endswith(".prom"):
-        raise ValueError
-    return native(text)
-
-
-def _fingerprint(text):
-    pin = text.replace(":", "").lower()
-    if not re.match(r"[0-9a-f]{64}\Z", pin):
-        raise ValueError
-    return pin
+    return lambda text: [parse(item.strip()) for item in text.split(",") if item.strip()]
 
 
 def _pattern(text):
@@ -385,27 +396,24 @@ def parse_time(name, pattern):
             moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
-    return moment if moment.strftime(pattern) == name else None
+    sane = 1970 <= moment.year < 9999  # or some zones cannot tell it
+    return moment if sane and moment.strftime(pattern) == name else None
 
 
 def _host_and_port(text):
     """(host, port or None) of `host`, `host:port`, `[v6]:port` or a bare v6 address."""
-    url = urllib.parse.urlsplit("//" + (
-        "[%s]" % text if text.count(":") > 1 and not text.startswith("[") else text))
-    host = url.hostname
-    if not host or url.username or url.path.strip("/") or url.query or url.fragment:
+    text = "[%s]" % text if text.count(":") > 1 and "[" not in text else text
+    match = re.match(r"(\[[\w:.%-]+\]|[\w.-]+)(:([0-9]{1,5}))?/?\Z", text)
+    if not match or not 0 < int(match.group(3) or 1) < 65536:
         raise ValueError
-    if not re.match(r"[\w.:%-]+\Z", host) or url.port == 0:
-        raise ValueError
+    host = match.group(1).strip("[]").lower()
     host.encode("idna")  # or getaddrinfo would raise: an empty or too long label
-    return host, url.port
+    return host, int(match.group(3) or 0) or None
 
 
 def parse_host(text):
-    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket.
-
-    Raises ValueError for anything else, and for http:// to an address that is not loopback.
-    """
+    """Address of `host`, `host:port`, `[v6]:port`, a URL, or the path of XAPI's unix socket; else
+    ValueError, for http:// to an address that is not loopback, too."""
     if text.startswith("/"):
         return Address("unix", native(text), 0)
     scheme, separator, rest = text.partition("://")
@@ -421,53 +429,48 @@ def is_loopback(host):
     return host in ("localhost", "::1") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-_flag = _choice(True, False)
+_flag = _choice(true=True, false=False)
 _count = _number(0, 10**9)
 SETTINGS = [Setting(*row) for row in (
-    ("backup_dir", "/snapshots/BACKUPS", _file, "folder for the backups: it must exist"),
-    ("status_log", "/snapshots/NAUbackup/status.log", _file,
-     "log for monitors, a line per event, of runs with a config file; empty: none"),
+    ("backup_dir", "/snapshots/BACKUPS", native, "folder for the backups; it must exist"),
+    ("status_log", "/snapshots/NAUbackup/status.log", native, "for monitors; empty: none"),
     ("max_backups", "4", _number(1, 10**18), "how many backups to keep of each VM: 1 or more"),
-    ("keep_daily", "0", _count, "keep the newest backup of each of the last N days, too (days that"
-     " have one; the keep_ settings and max_backups only add to each other): 0 or more"),
+    ("keep_daily", "0", _count, "keep the newest of each of the last N days, too: 0 or more"),
     ("keep_weekly", "0", _count, "as keep_daily, for ISO weeks: 0 or more"),
     ("keep_monthly", "0", _count, "as keep_daily, for months: 0 or more"),
     ("keep_yearly", "0", _count, "as keep_daily, for years: 0 or more"),
     ("vdi_export_format", "raw", _choice("raw", "vhd"), "form of a vdi-export: raw or vhd"),
     ("pool_db_backup", "0", _number(0, 1), "take a pool database backup: 0 (no) or 1 (yes)"),
     ("compress", "False", _choice("False", "True", "gzip", "zstd", none="False"),
-     "compression of a vm-export by the host: False (or none), True or gzip, zstd"),
+     "compression by the host: False (or none), True or gzip, zstd"),
     ("pre_clean", "False", _flag, "True: delete the oldest backup before the new is made; False"),
     ("ignore_extra_keys", "False", _flag, "True: pass over unknown keys of the config file; False"),
-    ("host", "localhost", _several(parse_host),
-     "XAPI host: name, address, host:port, [v6]:port, https://..., http:// to a loopback address"
-     " only; several separated by commas, tried in order. With `local`: the socket's path"),
+    ("host", "localhost", _several(parse_host), "name, address, host:port, [v6]:port, https://...,"
+     " http:// to a loopback address, with `local` a socket's path; several by commas"),
     ("username", "root", str, "user to log in as"),
-    ("tls_ca", "", _file, "PEM file of the CA that signed the host's certificate"),
-    ("tls_fingerprint", "", _several(_fingerprint),
+    ("tls_ca", "", native, "PEM file of the CA that signed the host's certificate"),
+    ("tls_fingerprint", "", _several(
+        _like(r"(:?[0-9A-Fa-f]){64}\Z", lambda text: text.replace(":", "").lower())),
      "SHA-256 of the host's certificate: 64 hex digits, colons allowed; several by commas"),
     ("tls_verify", "True", _flag, "True; False: the host's certificate is not checked"),
     ("parallel", "1", _number(1, 1000), "how many VMs are exported at a time: 1 or more"),
     ("rate_limit", "0", _count, "MB/s for all exports together, or a restore; 0: no limit"),
     ("retries", "0", _count, "how often a failed VM is tried again after all others: 0 or more"),
     ("space_check", "True", _flag, "True: no snapshot where the export will not fit; False"),
-    ("require_mount", "False", _flag,
-     "True: no run where backup_dir lies on the file system of / (a share not mounted); False"),
+    ("require_mount", "False", _flag, "True: no run where backup_dir is on the disk of /; False"),
     ("backup_dir_pattern", DEFAULT_PATTERN, _pattern,
-     "name of a backup's folder: strftime, at least year, month and day, no slash"),
-    ("mail_to", "", _several(str), "receivers of the mail that is sent when mail_to, mail_from and"
-     " smtp_server are set; several by commas"),
+     "a backup's folder: strftime, at least year, month and day, no slash"),
+    ("mail_to", "", _several(str), "receivers, by commas; mail_from and smtp_server go with it"),
     ("mail_from", "", str, "sender of the mail"),
     ("smtp_server", "", _host_and_port, "mail server: a name, an address, or host:port"),
     ("smtp_port", "25", _number(1, 65535), "its port: 1 to 65535 (465: TLS from the first byte)"),
     ("smtp_starttls", "False", _flag, "encrypt the mail's transport with STARTTLS: True or False"),
     ("smtp_user", "", str, "login at the mail server"),
-    ("smtp_password_file", "", _file, "its password, in a file made by create-password-file"),
-    ("smtp_ca", "", _file, "PEM file of the CA that signed the mail server's certificate"),
+    ("smtp_password_file", "", native, "its password, in a file made by create-password-file"),
+    ("smtp_ca", "", native, "PEM file of the CA that signed the mail server's certificate"),
     ("mail_when", "always", _choice("always", "problems", "never"), "always, problems or never"),
-    ("report_json", "", _file, "report of the run as JSON, replaced at the end of every run"),
-    ("metrics_file", "", _metrics_file,
-     "a file *.prom for node_exporter's textfile collector, replaced at the end of every run"),
+    ("report_json", "", native, "report of the run as JSON, replaced at the end of every run"),
+    ("metrics_file", "", _like(r".*\.prom\Z", native), "file *.prom for node_exporter"),
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
@@ -515,19 +518,14 @@ def load_config(path):
     """read_config of the file. Raises ConfigError, with no word of the file's where none of its
     lines begins with a setting's name: it may be a password file."""
     try:
-        pairs = read_config(read_small(path, limit=MIB + 1, part=True), path)
+        data = read_small(path, limit=MIB + 1, part=True)
     except (OSError, BackupError) as error:
-        text = describe(error)
-        raise ConfigError(text if "ERROR" in text else "ERROR - cannot read %s" % text) from None
+        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
+    pairs = read_config(data, path)
     if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
         raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
                           " a setting (for a VM of that name: vm-export=NAME)" % path)
     return pairs
-
-
-def is_simple(name):
-    """True for a name of letters and digits of any script, space, '-' and '_' only."""
-    return all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
 
 
 def make_rule(key, value):
@@ -538,22 +536,20 @@ def make_rule(key, value):
         name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
-    # A simple name that is empty would match no VM: an empty vm-export= means all of them.
-    return Rule(key, value, name, keep, bool(name) and is_simple(name))
+    # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
+    simple = all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
+    return Rule(key, value, name, keep, simple and bool(name))
 
 
 def make_settings(config, words):
-    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)].
-
-    Raises ConfigError with a line for each mistake: unknown name, value not allowed.
-    """
+    """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)]. Raises
+    ConfigError with a line for each mistake: unknown name, value not allowed."""
     settings, mistakes, seen = Settings(), [], set()
-    extra = [value for key, value, _ in config + words if key == "ignore_extra_keys"]
-    ignore = bool(extra) and str(extra[-1]).lower() == "true"
+    ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if ignore and in_file and key not in KNOWN and key not in RULE_KEYS:
+            if in_file and str(ignore).lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -573,30 +569,31 @@ def make_settings(config, words):
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
-    mistakes += _mail_mistakes(settings) if not mistakes else []
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+    _check_mail(settings)
     return settings
 
 
-def _mail_mistakes(settings):
-    user, mistakes, absent = settings.smtp_user, [], [
-        key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+def _check_mail(settings):
+    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
     safe = settings.smtp_starttls or settings.smtp_port == 465
-    if user and not safe and not is_loopback(settings.smtp_server or ""):
-        mistakes.append("ERROR - smtp_user needs smtp_starttls=True, or its password goes in clear")
-    if user and not settings.smtp_password_file:
-        mistakes.append("ERROR - smtp_user needs smtp_password_file")
-    if not mistakes and len(absent) in (1, 2):
-        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
-    return mistakes
+    if settings.smtp_user and not safe and not is_loopback(settings.smtp_server or ""):
+        raise ConfigError("ERROR - smtp_user needs smtp_starttls=True, or its password goes in"
+                          " clear")
+    if settings.smtp_user and not settings.smtp_password_file:
+        raise ConfigError("ERROR - smtp_user needs smtp_password_file")
+    if len(absent) in (1, 2):
+        raise ConfigError("ERROR - for a mail %s must be set, too" % " and ".join(absent))
 
 
 def similar(word, names):
-    """The one of `names` that is spelled most like `word`, or ''."""
+    """The one of `names` that is spelled most like `word`, whatever the case, or ''."""
     import difflib
 
-    return "".join(difflib.get_close_matches(word.lower(), names, 1, 0.7))
+    plain = {unicodedata.normalize("NFC", name).casefold(): name for name in names}
+    word = unicodedata.normalize("NFC", word).casefold()
+    return "".join(plain[name] for name in difflib.get_close_matches(word, plain, 1, 0.66))
 
 
 def allowed(word, names):
@@ -628,15 +625,12 @@ def _parse_setting(key, value, where):
     setting = KNOWN[key]
     if not value and (not setting.default or key == "status_log"):
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         parsed = setting.parse(value)
-        if parsed in (None, ""):
-            raise ValueError
-        return parsed
-    except (ValueError, KeyError):
-        hint = meant(value) if " #" in value else ""
-        raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s"
-                          % (where, key, value, setting.about, hint)) from None
+        if parsed not in ("", []):
+            return parsed
+    raise ConfigError("ERROR - %s: %s=%s is not allowed; %s%s" % (
+        where, key, value, setting.about, meant(value) if " #" in value else ""))
 
 
 # ============================== password and hosts ==============================
@@ -644,20 +638,19 @@ def _parse_setting(key, value, where):
 # No message here shows the first argument: it may be the password, or by mistake something else's.
 
 
-@contextlib.contextmanager
-def no_echo(stream):
-    """Asks for the password where `stream` is a terminal, and shows nothing of what is typed. (The
-    module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)"""
-    if stream is None or not stream.isatty():
-        yield
-        return
+def read_line(stream):
+    """The first line of standard input, as bytes; asked for, and not shown, where that is a
+    terminal. (The module getpass would decode it by the locale: in dom0's Python 3.6 often ASCII.)
+    """
+    if not stream.isatty():
+        return stream.buffer.readline(MIB)
     fd = stream.fileno()
     before = termios.tcgetattr(fd)
     hidden = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
     termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)  # it drops what was typed: first this
     try:
         print("Password: ", end="", file=sys.stderr, flush=True)
-        yield
+        return stream.buffer.readline(MIB)
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
         print(file=sys.stderr, flush=True)
@@ -683,8 +676,7 @@ def read_password_file(path, plain=False):
 def read_password(word, literal=False):
     """The password that the first argument stands for. literal: whatever file has that name."""
     if word == "-":
-        with no_echo(sys.stdin):
-            line = sys.stdin.buffer.readline(MIB) if sys.stdin else b""
+        line = read_line(sys.stdin) if sys.stdin else b""
         if not line:
             raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
@@ -729,72 +721,58 @@ Selection = collections.namedtuple(
 
 
 def select(rules, names, only=()):
-    """Which VMs the rules choose: a Selection, in the order of a run (vdi-export first).
-
-    names: {name: [ref, ...]} of all candidates; only: Rules that narrow what was chosen. Simple
-    names come first, regular expressions do not replace them, among equals the last definition
-    counts, exclude wins, and what vdi-export chose is not vm-exported. Pure. Raises ConfigError;
-    an expression of exponential time may take for ever.
-    """
-    every, mistakes, found = sorted(names), [], []
-    for rule in rules:
-        try:
-            found.append((rule, _matching(rule, every, names)))
-        except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    excludes = [(rule, hits) for rule, hits in found if rule.key == "exclude"]
-    owners = {name: rule for rule, hits in excludes for name in hits}  # who decided of each VM
-    choices, excluded = [], list(owners)
+    """Which VMs the rules choose: a Selection, in the order of a run. names: {name: [ref, ...]} of
+    all candidates; only: Rules that narrow what was chosen. Pure. Raises ConfigError."""
+    every, choices = sorted(names), []
+    found = _match(rules, every)
+    owners = {name: rule for rule, hits in found if rule.key == "exclude" for name in hits}
+    excluded = list(owners)
     for kind in ("vdi-export", "vm-export"):
-        chosen = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
-        by_regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
-                    for name in hits}
-        for name, rule in list(by_regex.items()):
-            chosen.setdefault(name, rule)
-        for name, rule in chosen.items():
+        simple = {rule.name: rule for rule in rules if rule.key == kind and rule.simple}
+        regex = {name: rule for rule, hits in found if rule.key == kind and not rule.simple
+                 for name in hits}
+        for name, rule in {**simple, **regex, **simple}.items():  # simple ones come first, and win
             if name not in owners:
                 owners[name] = rule
                 choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-    taken = {choice.name for choice in choices}
-    lost = [(rule, hits) for rule, hits in found if not hits]
+    taken = [choice.name for choice in choices]
+    left = [name for name in every if name not in set(taken)]
+    lost = [rule for rule, hits in found if not hits]
     if only:
-        chosen = {choice.name: choice.refs for choice in choices}
-        wanted = [(rule, _matching(rule, sorted(chosen), chosen)) for rule in only]
+        wanted = _match(only, taken)
         kept = {name for _, hits in wanted for name in hits}
         choices = [choice for choice in choices if choice.name in kept]
-        lost += [(rule, hits) for rule, hits in wanted if not hits]
+        lost += [rule for rule, hits in wanted if not hits]
         if not choices:
             raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
-                _unmatched(rule, sorted(chosen)) for rule in only))
+                "only=%s%s" % (rule.value, _hint(rule, taken)) for rule in only))
     return Selection(
-        choices, excluded, [name for name in every if name not in taken],
-        [rule.value for rule, _ in lost if rule.key == "exclude"],
-        [_unmatched(rule, every) for rule, _ in lost
+        choices, excluded, left, [rule.value for rule in lost if rule.key == "exclude"],
+        ["%s=%s%s" % (rule.key, rule.value, _hint(rule, every)) for rule in lost
          if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
         _notes(found, owners, every))
 
 
-def _unmatched(rule, names):
-    hint = (not rule.simple and meant(rule.name)) or _perhaps(rule.name, names)
-    return "%s=%s%s" % (rule.key, rule.value, hint)
-
-
-def _matching(rule, every, names):
-    """The names that a Rule matches; one that is exactly its value is always meant, too."""
-    if rule.simple:
-        return [rule.name] if rule.name in names else []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            match = re.compile(rule.name).match
-    except (re.error, ValueError, OverflowError, RecursionError):
-        if rule.name in names:
-            return [rule.name]
-        raise ConfigError("***ERROR - invalid regex: %s=%s%s"
-                          % (rule.key, rule.value, meant(rule.name))) from None
-    return [name for name in every if name == rule.name or match(name)]
+def _match(rules, names):
+    """[(Rule, the names that it matches)]; a name that is exactly its value is always meant, too.
+    Raises ConfigError with a line for each that neither compiles nor is a name."""
+    found, mistakes, there = [], [], set(names)
+    for rule in rules:
+        hits = [rule.name] if rule.name in there else []
+        try:
+            if not rule.simple:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    match = re.compile(rule.name).match
+                hits = [name for name in names if name == rule.name or match(name)]
+        except (re.error, ValueError, OverflowError, RecursionError):
+            if not hits:
+                mistakes.append("***ERROR - invalid regex: %s=%s%s" % (
+                    rule.key, rule.value, meant(rule.name)))
+        found.append((rule, hits))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
 
 
 def _notes(found, owners, every):
@@ -802,47 +780,23 @@ def _notes(found, owners, every):
     notes, decided = [], {id(rule) for rule in owners.values()}
     for rule, hits in found:
         text = "NOTE - %s=%s: " % rule[:2]
-        if not hits:
-            hint = meant(rule.name) if rule.key == "exclude" and not rule.simple else ""
-            hint = hint or (_perhaps(rule.name, every) if rule.simple else "")
-            notes += [text + "no VM bears this name" + hint] if hint else []
-        elif id(rule) not in decided and rule.key != "exclude":
+        if not hits and (rule.simple or rule.key == "exclude") and _hint(rule, every):
+            notes.append(text + "no VM bears this name" + _hint(rule, every))
+        elif hits and id(rule) not in decided and rule.key != "exclude":
             by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
             more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
             notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
-        if hits and not rule.simple and rule.name in hits:
+        if rule.name in hits and not rule.simple:
             others = [name for name in hits if name != rule.name]
-            notes.append("%sthe VM of just this name is meant; it is no simple name but a regular"
-                         " expression, it may match others too%s"
-                         % (text, ": " + ", ".join(others[:5]) if others else ""))
+            notes.append("%sthe VM of just this name is meant; it is no simple name and may match"
+                         " others too%s" % (text, ": " * bool(others) + ", ".join(others[:5])))
     return notes
 
 
-def _perhaps(name, names):
-    near = nearest(name, names)
-    return ' (perhaps "%s" is meant)' % near if near else ""
-
-
-def nearest(name, names):
-    """The one of `names` that differs from `name` only in case or by a letter, or ''."""
-    mine = _plain(name)
-    near = [(_plain(other) != mine, re.sub(r"\d", "", other) == re.sub(r"\d", "", name), other)
-            for other in names if other != name and _one_letter_apart(mine, _plain(other))]
-    return min(near)[2] if near else ""
-
-
-def _plain(name):
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _one_letter_apart(one, two):
-    """True where one letter is too much, missing, another, or swapped with the next; or none."""
-    if abs(len(one) - len(two)) > 1:
-        return False
-    start = len(os.path.commonprefix([one, two]))
-    one, two = one[start:], two[start:]
-    return one[1:] == two[1:] or one[1:] == two or one == two[1:] or (
-        one[:2] == two[1::-1] and one[2:] == two[2:])
+def _hint(rule, names):
+    """What a rule that matches nothing probably means, in brackets, or ''."""
+    near = similar(rule.name, names)
+    return meant(rule.name) or (' (perhaps "%s" is meant)' % near if near else "")
 
 
 # ============================== names, folders and retention ==============================
@@ -861,9 +815,10 @@ class Folder(NamedTuple):
     export: Any = None  # its file name
     size: int = 0  # of the export; 0: none
     uuid: str = ""  # orig_uuid of vm.cfg
-    date: Any = None  # what the name tells: local
+    date: Any = None  # the day that the name tells, or else `created`: local
     error: str = ""  # why it cannot be read
-    foreign: Any = None  # the first name that is not ours (foreign_entry looks closer)
+    foreign: Any = None  # the first name that is not ours (judge looks closer)
+    label: str = ""  # name_label of vm.cfg
 
 
 EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
@@ -879,17 +834,17 @@ STREWN = re.compile(
     r"ehthumbs_vista\.db\Z|desktop\.ini\Z)|\.nfs[^/]+\Z|\.__?smb[^/]+\Z|"
     r"\.smbdelete[^/]+\Z|\.fuse_hidden[^/]+\Z|(@eaDir|@SynoEAStream|@SynoResource|\.@__thumb|"
     r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of another kind
+FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
+AHEAD = 3600  # seconds by which clocks may differ
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
 PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
            ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
 
 
 def folder_name(name):
-    """The file name for a VM's name: injective, at most 200 bytes, never '', '.', '..' or hidden.
-
-    '/', NUL, control characters, surrogates, a leading '.' and '%' become %XX; what is longer is
-    cut and ended with ~ and 8 hex digits of the SHA-256 of the name.
-    """
+    """The file name for a VM's name: at most 200 bytes, never '', '.', '..' or hidden, another for
+    each name. What is longer is cut and ended with ~ and 8 hex digits of the name's SHA-256."""
     escaped = re.sub("[\x00-\x1f\x7f-\x9f/%\ud800-\udfff]|^[.]",
                      lambda match: "".join("%%%02X" % byte for byte in utf8(match.group())), name)
     data = escaped.encode("utf-8")
@@ -903,11 +858,10 @@ def folder_name(name):
 def vm_name(folder):
     """The VM's name that a folder's name on disk tells: folder_name undone (a cut one stays)."""
     text = "" if folder == "%" else from_argv(folder)
-    data = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes.fromhex(match.group(1).decode()),
-                  utf8(text))
-    with contextlib.suppress(UnicodeDecodeError):  # 3.25 wrote a % as it is
-        text = data.decode("utf-8", "surrogatepass")
-    return text
+    try:
+        return urllib.parse.unquote_to_bytes(utf8(text)).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # 3.25 wrote a % as it is
+        return text
 
 
 def open_folder(name, dir_fd=None):
@@ -935,67 +889,91 @@ def read_cfg(name, dir_fd):
     return pairs
 
 
-def scan(vm_fd, patterns, vm=None):
-    """The Folders in a VM's folder, unknown ones included; other kinds of entries are left out.
+def look_into(fd):
+    """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
+    a backup's folder. 3.25 wrote no sums."""
+    inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
+    marks = [read_small(name, fd, 8, part=True) for name in MARKERS if name in inside]
+    exports, sums = [name for name in inside if EXPORT.match(name)], {}
+    if not marks:
+        raise ArchiveError("no marker in the folder: it is no backup")
+    if UNFINISHED in inside:
+        raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
+    if len(exports) != 1:
+        raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
+    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
+    for line in filter(None, text.decode("utf-8", "surrogateescape").split("\n")):
+        match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
+        if not match:
+            raise ArchiveError("SHA256SUMS is damaged")
+        path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
+        if path in sums or {"", ".", ".."}.intersection(path.split("/")):
+            raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
+        sums[path] = match.group(2)
+    for path in list(sums):  # a file server may list names in another Unicode form
+        if nfc(path) == nfc(exports[0]):
+            sums[exports[0]] = sums.pop(path)
+    return exports[0], sums, b"created=" in marks
 
-    patterns: of folder names, for strptime; None: any folder that our marker dates will do. vm: the
-    name of the VM's folder on disk, which exports have to bear (None: any). Raises OSError if the
-    VM's folder itself cannot be read."""
+
+def scan(vm_fd, patterns, vm=None):
+    """The Folders in a VM's folder, unknown ones included. patterns: of their names, for strptime;
+    None: any that our marker dates will do. vm: the name of the VM's folder on disk, which exports
+    have to bear (None: any). Raises OSError if the VM's folder itself cannot be read."""
     found = []
     for name in os.listdir(vm_fd):
-        text = from_argv(name)
+        text, item = from_argv(name), Folder(name)
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
-        moment, dated = next(filter(None, moments), None), Folder(name)
-        if moment:
-            with contextlib.suppress(OSError, OverflowError, ValueError):
-                dated = Folder(name, moment.timestamp(), date=moment.date())
-        look = dated.created is not None or patterns is None
+        moment = next(filter(None, moments), None)
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            item = Folder(name, moment.timestamp(), date=moment.date()) if moment else item
+        ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
-                item = _look(fd, dated, vm) if look else dated
-                found.append(item if item.created is not None else dated)
+                seen = _look(fd, item, vm) if ours else item
+                found.append(seen if seen.created is not None else item)
         except OSError as error:
-            gone = (errno.ENOTDIR, errno.ELOOP, errno.ENOENT)  # no folder, or pruned meanwhile
-            if error.errno not in gone:
-                found.append(dated._replace(error=describe(error) if look else ""))
+            if error.errno not in ABSENT:
+                found.append(item._replace(error=describe(error) if ours else ""))
     return found
 
 
-def _look(fd, dated, vm):
-    """The whole Folder: its descriptor, and what its name tells."""
-    inside, created, uuid, size = os.listdir(fd), dated.created, "", 0
-    marker, text = _marker(fd, inside)
+def _look(fd, item, vm):
+    """The Folder `item`, of which the name alone is known, with what is in it."""
+    inside, created, date, cfg, size = os.listdir(fd), item.created, item.date, {}, 0
+    marker, text = read_marker(fd, inside)
     told = re.match(rb"created=([0-9]{1,11})\n", text)
     if told:  # the moment in UTC: right through changes of the clock and of the zone
         created = float(told.group(1))
-    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
-                 default=None)
+        made = datetime.date.fromtimestamp(created)
+        date = min(date or made, made)  # a second one of a day may bear the next day's name
+    other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
+    exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
+    export = min(exports, default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
-    if "vm.cfg" in inside:
-        with contextlib.suppress(OSError, BackupError):
-            uuid = read_cfg("vm.cfg", fd).get("orig_uuid", "")
-    more = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
-    strewn = {name for name in more if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in more if name not in strewn and not _may_lie(name, vm)]
+    with contextlib.suppress(OSError, BackupError):
+        cfg = read_cfg("vm.cfg", fd)
+    strewn = {name for name in other if STREWN.match(name) or STREWN.match(name + "/")}
+    foreign = [name for name in other if name not in strewn and not _may_lie(name, vm)]
     begun = any(name.endswith(".partial") for name in inside if name not in strewn)
     pinned = "keep" in inside
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(dated.name, created, marker, unfinished, pinned, export, size, uuid, dated.date,
-                  "", min(foreign, default=None))
+    return Folder(item.name, created, marker, unfinished, pinned, export, size,
+                  cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
+                  cfg.get("name_label", ""))
 
 
-def _marker(fd, inside):
-    """(name of the marker or None, what it says)."""
-    for name in MARKERS:
-        if name in inside:
-            try:
-                return name, read_small(name, fd, 4096)
-            except (OSError, BackupError):
-                with contextlib.suppress(FileNotFoundError):
-                    if stat.S_ISREG(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-                        return name, b""
+def read_marker(fd, inside):
+    """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
+    for one that cannot be read: such a folder is not known to be unfinished."""
+    for name in sorted(set(MARKERS).intersection(inside)):
+        try:
+            return name, read_small(name, fd, 4096, part=True)
+        except (OSError, BackupError) as error:
+            if getattr(error, "errno", errno.ENOENT) not in ABSENT:
+                raise
     return None, b""
 
 
@@ -1014,12 +992,10 @@ def whole(folder):
 
 
 def kept(folders, policy, newest=None, uuid="", pre_clean=False):
-    """{name: [reason, ...]} of the backups that stay, oldest first.
-
-    newest: name of the backup just made, the newest whatever the clock says. uuid: that of the
-    present VM ("": of the newest backup that tells one). pre_clean: one more is about to be made,
-    so the last are one fewer. Each rule looks at all backups for itself: pruning night after night
-    leaves what one pruning of all would. Days are those of the folders' names."""
+    """{name: [reason, ...]} of the backups that stay, oldest first. Each rule looks at all of them
+    for itself. newest: name of the backup just made, the newest whatever the clock says. uuid: that
+    of the present VM ("": of the newest backup that tells one). pre_clean: one more is about to be
+    made, so the last are one fewer."""
     order = [item for item in backups(folders) if not item.pinned]
     order = sorted(order, key=lambda item: item.name == newest)[::-1]
     why = {item.name: ["pinned"] if item.pinned else [] for item in backups(folders)}
@@ -1029,7 +1005,7 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     for rule, period in PERIODS:
         found = {}
         for item in order:
-            key = period(_date(item))
+            key = period(item.date)
             if key in found:
                 hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
                 found[key] = item if hollow else found[key]
@@ -1053,12 +1029,6 @@ def expired(folders, policy, newest=None, uuid="", pre_clean=False):
     return [item.name for item in backups(folders) if item.name not in stay]
 
 
-def _date(item):
-    with contextlib.suppress(OverflowError, ValueError, OSError):
-        return item.date or datetime.date.fromtimestamp(item.created)
-    return datetime.date.today()  # `created` is infinite: one that is yet to be made
-
-
 # --- deletion ---
 
 
@@ -1066,12 +1036,12 @@ def _may_lie(path, vm):
     """Whether a file of this path may lie in a backup's folder. An export bears the name of the
     VM's folder: anything else.raw may be what a user unpacked."""
     export = EXPORT.match(path[:-8] if path.endswith(".partial") else path)
-    if export:
-        return vm is None or _form(vm) == _form(export.group(1))
+    if export and not STREWN.match(path):  # .AppleDouble/NAME.xva
+        return vm is None or nfc(vm) == nfc(export.group(1))
     return bool(OWN_FILES.match(path) or STREWN.match(path))
 
 
-def _form(name):
+def nfc(name):
     return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
 
 
@@ -1095,32 +1065,27 @@ def _walk(fd, vm, foreign, above=""):
     return found
 
 
-def foreign_entry(fd, vm):
-    """The first thing in a backup's folder that no version of this program wrote and that nobody
-    strewed, as a path below it, or None. vm: name of the VM's folder on disk. Raises OSError."""
+def judge(fd, vm):
+    """(what is in a backup's folder, why it must not be deleted or ""). vm: name of the VM's folder
+    on disk. Foreign is what no version of this program wrote and nobody strewed. Raises OSError."""
     foreign = []
-    _walk(fd, vm, foreign)
-    return foreign[0] if foreign else None
+    tree = _walk(fd, vm, foreign)
+    why = "its file `keep` pins it" if ("keep", None) in tree else ""
+    return tree, "it holds %s, which is not ours" % foreign[0] if foreign else why
 
 
 def remove_folder(vm_fd, name, vm):
-    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk).
-
-    Its marker becomes UNFINISHED first, which goes last: a deletion that is cut short leaves what
-    the next run knows as unfinished, never as a backup. The export goes first of the rest; where
-    that fails, the marker comes back and nothing is lost. Only what was judged is deleted. Raises
-    BackupError, with nothing changed, if it is a link, pinned, or anything foreign is in it."""
+    """Deletes a backup's folder in the VM's folder `vm_fd` (called `vm` on disk): only what was
+    judged. Raises BackupError, with nothing changed, if it is a link, pinned, or anything foreign
+    is in it."""
     try:
         fd = open_folder(name, vm_fd)
     except NotADirectoryError:
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
     try:
-        foreign = []
-        tree = _walk(fd, vm, foreign)
-        why = ["it holds %s, which is not ours" % path for path in foreign]
-        why += ["its file `keep` pins it"] if ("keep", None) in tree else []
+        tree, why = judge(fd, vm)
         if why:
-            raise BackupError("%s is left alone: %s" % (name, why[0]))
+            raise BackupError("%s is left alone: %s" % (name, why))
         _empty(fd, tree)
     finally:
         os.close(fd)
@@ -1128,7 +1093,9 @@ def remove_folder(vm_fd, name, vm):
 
 
 def _empty(fd, tree):
-    """Deletes in remove_folder's order what _walk found."""
+    """Deletes what _walk found. The marker becomes UNFINISHED first, which goes last: a deletion
+    that is cut short leaves what the next run knows as unfinished, never as a backup. The export
+    goes first of the rest; where that fails, the marker comes back and nothing is lost."""
     markers = [marker for marker in MARKERS if (marker, None) in tree]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
@@ -1141,8 +1108,8 @@ def _empty(fd, tree):
         if markers:
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
         raise
-    tree = sorted(tree + [(UNFINISHED, None)], key=lambda item: item[0] == UNFINISHED)
-    _delete(fd, sorted(tree, key=lambda item: item[0].endswith(".partial")))
+    _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
+        item[0] == UNFINISHED, item[0].endswith(".partial"))))
 
 
 def _delete(fd, tree):
@@ -1164,127 +1131,115 @@ def _delete(fd, tree):
 ROUNDING = 2 * MIB  # by so much may a disk come larger than its virtual_size: the host rounds up
 METADATA_LIMIT = 256 * MIB  # bytes of an ova.xml
 DUMP_LIMIT = 4096 * MIB  # bytes of a dump of the pool's database
-
-
-def error_text(view, otherwise="data after the end of the archive"):
-    """The message for bytes that do not belong there: `otherwise`, unless they begin or end with
-    the HTTP 500 page that xapi appends to the body after a failure."""
-    data = bytes(view[:2048]) + bytes(view[-4096:])
-    page = re.search(rb"HTTP/1\.[01] [45][0-9][0-9] .*", data, re.DOTALL)
-    if not page:
-        return otherwise
-    reason = re.search(rb"</h1>\s*([A-Z][A-Z0-9_]{3,})", page.group())
-    told = ": " + reason.group(1).decode("ascii") if reason else ""
-    return "the host broke off and appended an error page" + told
+SMALL = "; XAPI cannot import a disk of 1 MiB or less that stands before others: enlarge the disk"
 
 
 class Reader:
     """Takes pieces apart into just so many bytes. at: bytes taken; where: the place, in words."""
 
     def __init__(self, pieces, where):
-        self._pieces, self.where, self.at = iter(pieces), where, 0
-        self._piece = self._left = memoryview(b"")
+        self._pieces, self._left = iter(pieces), memoryview(b"")
+        self.where, self.at = where, 0
 
-    def _next(self):
-        piece = next(self._pieces, None)
-        if piece is not None:
-            self._piece = self._left = piece
-        return piece is not None
+    def some(self, most):
+        """A view of the next bytes, at most so many, valid until the next; at the end b""."""
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            self._left = piece
+        view, self._left = self._left[:most], self._left[most:]
+        self.at += len(view)
+        return view
 
     def stream(self, size):
-        """The next `size` bytes as views, each valid until the next."""
-        while size:
-            if not len(self._left) and not self._next():
-                raise ArchiveError(error_text(self._piece, "it is cut off at " + self.where))
-            view, self._left = self._left[:size], self._left[size:]
-            size -= len(view)
-            self.at += len(view)
+        """The next `size` bytes as views."""
+        end = self.at + size
+        while self.at < end:
+            view = self.some(end - self.at)
+            if not view:
+                raise ArchiveError("it is cut off at " + self.where)
             yield view
 
     def take(self, size):
         data = bytearray()
         for view in self.stream(size):
             data += view
-        return bytes(data)
+        return data
 
     def skip(self, size):
         for _ in self.stream(size):
             pass
-
-    def rest(self):
-        """All that follows, as views."""
-        while len(self._left) or self._next():
-            yield from self.stream(len(self._left))
 
 
 # --- XVA ---
 
 
 def find_xxh64():
-    """What makes an XXH64 with hashlib's update() and hexdigest(): from the package xxhash or by
-    the system's libxxhash; None where there is neither."""
+    """What gives the XXH64 of a bytearray in hex: the package xxhash or the system's libxxhash;
+    None where there is neither."""
     with contextlib.suppress(ImportError):
-        from xxhash import xxh64
+        from xxhash import xxh64_hexdigest
 
-        return xxh64
+        return xxh64_hexdigest
     try:
         import ctypes
 
-        library = ctypes.CDLL("libxxhash.so.0")
-        reset, update, digest = library.XXH64_reset, library.XXH64_update, library.XXH64_digest
+        xxh64 = ctypes.CDLL("libxxhash.so.0").XXH64
     except (ImportError, OSError, AttributeError):
         return None
-    reset.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
-    update.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    digest.argtypes, digest.restype = [ctypes.c_void_p], ctypes.c_ulonglong
+    xxh64.restype = ctypes.c_ulonglong
 
-    class Xxh64:
-        def __init__(self):
-            self._state = ctypes.create_string_buffer(256)  # XXH64_state_t needs 88
-            reset(self._state, 0)
+    def digest(data):
+        view = (ctypes.c_char * len(data)).from_buffer(data)
+        return "%016x" % xxh64(view, ctypes.c_size_t(len(data)), ctypes.c_ulonglong(0))
 
-        def update(self, view):
-            array = ctypes.c_char * len(view)
-            data = bytes(view) if view.readonly else array.from_buffer(view)
-            update(self._state, data, len(view))
-
-        def hexdigest(self):
-            return "%016x" % digest(self._state)
-
-    return Xxh64
+    return digest
 
 
 # A disk in an ova.xml: virtual_size in bytes, label as list_disks() makes it, the VDI's name.
 OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
-def expected_disks(data, uuids=()):
-    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. It is one XML-RPC
-    value without a prolog. Raises ArchiveError if it lacks a VDI of `uuids`: one that was destroyed
-    since the snapshot leaves no other trace in an export (export.ml)."""
+def parse_ova(data):
+    """(version, {class: {id: record}}) of an ova.xml: one XML-RPC value, with a prolog or without.
+    Raises ArchiveError."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
-    data, by_class = re.sub(rb"^\s*<\?xml[^>]*>", b"", data), collections.defaultdict(dict)
+    data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
+    by_class = collections.defaultdict(dict)
     try:
-        value: Any = xmlrpc.client.loads(b"<params><param>" + data + b"</param></params>")[0][0]
+        value: Any = xmlrpc.client.loads(data)[0][0]
         for item in value["objects"]:
             by_class[item["class"]][item["id"]] = item["snapshot"]
-        vdis, labels = by_class["VDI"], collections.OrderedDict()
-        for vm in by_class["VM"].values():
-            labels[vm.get("suspend_VDI")] = "suspend"
-        for vbd in sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4)):
-            sr = by_class["SR"].get(vdis.get(vbd["VDI"], {}).get("SR"), {})
-            if vbd["type"] != "CD" and vbd["VDI"] in vdis and sr.get("content_type") != "iso":
-                label = vbd.get("device") or vbd["userdevice"]
-                label += "-" + vbd["userdevice"] if label in labels.values() else ""
-                labels.setdefault(vbd["VDI"], label)
-        found = {ref: OvaDisk(int(vdis[ref]["virtual_size"]), label, vdis[ref].get("name_label"))
-                 for ref, label in labels.items() if ref in vdis}
-        absent = sorted(set(uuids) - {vdi.get("uuid") for vdi in vdis.values()})
+        return value.get("version"), by_class
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
+
+
+def expected_disks(data, uuids=()):
+    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. Raises ArchiveError
+    if it lacks a VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in
+    an export (export.ml)."""
+    found, by_class = {}, parse_ova(data)[1]
+    try:
+        vbds = sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4))
+        disks = [(vm.get("suspend_VDI"), "suspend", "") for vm in by_class["VM"].values()]
+        disks += [(vbd["VDI"], vbd.get("device") or vbd["userdevice"], "-" + vbd["userdevice"])
+                  for vbd in vbds if vbd["type"] != "CD"]
+        for ref, label, more in disks:
+            vdi = by_class["VDI"].get(ref, {})
+            sr = by_class["SR"].get(vdi.get("SR"), {})
+            if vdi and ref not in found and sr.get("content_type") != "iso":
+                label += more if label in [disk.label for disk in found.values()] else ""
+                found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
+        absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
+        if not all(0 <= disk.size < 1 << 62 for disk in found.values()):
+            raise ValueError("no disk has such a size")
+    except Exception as error:  # hostile records are of any shape
+        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
-        raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % ", ".join(absent))
+        raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % min(absent))
     return found
 
 
@@ -1297,40 +1252,47 @@ def read_member(reader, block):
         if int(told.strip(b"\0 "), 8) != mine or size < 0:
             raise ValueError
     except ValueError:
-        text = error_text(block, "no tar header in its place")
-        raise ArchiveError("%s, after %s" % (text, reader.where)) from None
+        raise ArchiveError("no tar header behind " + reader.where) from None
     if kind not in b"0\0":
         raise ArchiveError("unexpected kind of member: %r" % name)
     reader.where = name
     return name, size
 
 
-def read_chunk(reader, name, size, kinds, sink=None, offset=0):
-    """Reads a chunk behind its header, and the member after it that holds its hash. kinds: {ending
-    of that member's name: what makes the hash}. Returns (ending, hash)."""
-    sums = {kind: make() for kind, make in kinds.items() if make}
-    for view in reader.stream(size):
-        for each in sums.values():
-            each.update(view)
-        if sink:
-            sink(name.split("/")[0], offset, view)
-            offset += len(view)
+def read_headers(reader):
+    """(disk's id, number, name, bytes) of each chunk, up to the end: (None, 0, "", 0)."""
+    block = reader.take(512)
+    while block.strip(b"\0"):
+        name, size = read_member(reader, block)
+        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
+        if not match or size > 64 * MIB:
+            raise ArchiveError("unexpected member %r" % name)
+        yield match.group(1), int(match.group(2)), name, size
+        block = reader.take(512)
+    if reader.take(512).strip(b"\0"):
+        raise ArchiveError("one zero block only before more data")
+    yield None, 0, "", 0
+
+
+def read_chunk(reader, name, size, hashes):
+    """(bytes, whether they were proved) of a chunk, from behind its header, and of the member after
+    it that holds its hash. hashes: {ending of that one's name: function, or None}."""
+    data = reader.take(size)
     reader.skip(-size % 512)
     member, length = read_member(reader, reader.take(512))
     kind = member[len(name):]
-    if name + kind != member or kind not in kinds or not 0 < length <= 64:
+    if name + kind != member or kind not in hashes or not 0 < length <= 64:
         raise ArchiveError("the hash of chunk %s is missing" % name)
     told = reader.take(512)[:length].decode("ascii", "replace").lower()
-    if kind in sums and sums[kind].hexdigest() != told:
+    if hashes[kind] and hashes[kind](data) != told:
         raise ArchiveError("chunk %s does not match its hash" % name)
-    return kind, told
+    return data, bool(hashes[kind])
 
 
 def prove_xva(pieces, uuids=(), sink=None):
     """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
     filled to its virtual_size, two zero blocks, then at most 1 MiB of zeros. uuids: the VDIs that
-    have to be in it; without them the archive itself says which disks it holds. sink(id, offset,
-    view) gets what the disks hold, but first sink("ova.xml", 0, data).
+    have to be in it. sink(id, offset, bytes) gets the chunks, but first sink("ova.xml", 0, bytes).
 
     Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
     numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
@@ -1338,69 +1300,54 @@ def prove_xva(pieces, uuids=(), sink=None):
     the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
     reader = Reader(pieces, "the very beginning")
-    kinds = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # the latter till 2019
+    hashes = {".xxhash": find_xxh64(),
+              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
     name, size = read_member(reader, reader.take(512))
     if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
         raise ArchiveError("the archive does not begin with ova.xml")
-    ova = reader.take(size + -size % 512)[:size]
-    disks = expected_disks(ova, uuids)
+    data = reader.take(size)
+    reader.skip(-size % 512)
+    disks = expected_disks(data, uuids)
     if sink:
-        sink("ova.xml", 0, ova)
-    disk, offset, last, unit, twice, told, done, chunks = None, 0, -1, None, None, "", [], 0
-
-    def end_disk():
-        if disk is not None and offset != disks[disk].size:
-            small = (": enlarge the disk before it, whose %d bytes XAPI takes for the size of all"
-                     " chunks that are left out, and cannot import this" % unit)
-            raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
-                disk, offset, disks[disk].size, small if unit < MIB and len(done) > 1 else ""))
-
-    block = reader.take(512)
-    while block.strip(b"\0"):
-        name, size = read_member(reader, block)
-        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
-        if not match or size > 64 * MIB:
-            raise ArchiveError("unexpected member %r" % name)
-        number = int(match.group(2))
-        if match.group(1) != disk:
-            end_disk()
-            disk, offset, last = match.group(1), 0, -1
-            if disk not in disks or disk in done or number:
+        sink("ova.xml", 0, data)
+    disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
+    for ref, number, name, size in read_headers(reader):
+        if ref != disk:
+            if offset != want:
+                raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
+                    disk, offset, want, SMALL if unit < MIB and done[1:] else ""))
+            if ref is None:
+                break
+            if ref not in disks or ref in done or number:
                 raise ArchiveError("unexpected member %r" % name)
             if twice:
-                raise ArchiveError("%s comes twice before another disk, which XAPI cannot import:"
-                                   " make that disk larger than 1 MiB" % twice)
-            done.append(disk)
-        again = number == last == 0 and size == offset == disks[disk].size and not twice
-        twice = name if again else twice
+                raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
+            disk, want, offset, last = ref, disks[ref].size, 0, -1
+            done.append(ref)
+        again = number == last == 0 and size == offset == want and not twice
+        twice = twice or again
         if not again:
             unit = size if unit is None else unit
             offset += unit * (number - last - 1) + size
-            if number <= last or offset > disks[disk].size:
+            if number <= last or offset > want:
                 raise ArchiveError("chunk %s is out of order" % name)
             last = number
-        before, (kind, told) = told, read_chunk(
-            reader, name, size, kinds, None if again else sink, offset - size)
-        if again and told != before:
-            raise ArchiveError("chunk %s comes twice and differs" % name)
-        kinds = {kind: kinds[kind]}  # only of the first chunk are both sums needed
-        chunks += 1
-        block = reader.take(512)
-    end_disk()
+        data, proved = read_chunk(reader, name, size, hashes)
+        proofs.append(proved)
+        if sink and not again:
+            sink(disk, offset - size, data)
     missing = [ref for ref, item in disks.items() if item.size and ref not in done]
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
-    if reader.take(512).strip(b"\0"):
-        raise ArchiveError("one zero block only before more data")
     end = reader.at
-    for view in reader.rest():
+    for view in iter(lambda: reader.some(MIB), b""):
         if bytes(view).strip(b"\0"):
-            raise ArchiveError(error_text(view))
+            raise ArchiveError("data after the end of the archive")
         if reader.at - end > MIB:
             raise ArchiveError("more than 1 MiB of zeros after the end of the archive")
-    unproved = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % chunks
-    return ["archive (%d disks, %d chunks)" % (len(disks), chunks),
-            unproved if chunks and None in kinds.values() else "chunk hashes"]
+    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proofs.count(False)
+    return ["archive (%d disks, %d chunks)" % (len(disks), len(proofs)),
+            "chunk hashes" if all(proofs) else told]
 
 
 # --- single disks, and the pool's database ---
@@ -1408,18 +1355,16 @@ def prove_xva(pieces, uuids=(), sink=None):
 
 def prove_raw(pieces, size):
     """Proves a raw disk whole: `size` bytes, then at most ROUNDING zeros. size None: unknown."""
-    seen, start, piece = 0, b"", b""
+    seen = 0
     for piece in pieces:
-        start = start or bytes(piece[:2048])
         more = piece[max(size - seen, 0):] if size is not None else b""
         seen += len(piece)
         if len(more) and (seen > size + ROUNDING or bytes(more).strip(b"\0")):
-            raise ArchiveError(error_text(more, "more than the disk's %d bytes arrived" % size))
+            raise ArchiveError("more than the disk's %d bytes arrived" % size)
     if size is None:
         return ["NOT its size (nothing here tells it)"]
     if seen < size:
-        short = "%d of %d bytes arrived" % (seen, size)
-        raise ArchiveError(error_text(start, error_text(piece, short)))
+        raise ArchiveError("%d of %d bytes arrived" % (seen, size))
     return ["size (%d bytes)" % seen]
 
 
@@ -1435,7 +1380,7 @@ def prove_vhd(pieces, size=None):
     reader = Reader(pieces, "the VHD's beginning")
     footer = reader.take(512)
     if not intact(footer, b"conectix", 64):
-        raise ArchiveError(error_text(footer, "no VHD footer in front"))
+        raise ArchiveError("no VHD footer in front")
     at, told, kind = struct.unpack(">Q24xQ4xI", footer[16:64])
     if kind != 3 or not 512 <= at <= MIB:
         raise ArchiveError("not a whole dynamic VHD")
@@ -1444,54 +1389,51 @@ def prove_vhd(pieces, size=None):
     reader.skip(at - 512)
     header = reader.take(1024)
     table, entries, block = struct.unpack(">Q4xII", header[16:36])
-    needed = -(-told // block) if 512 <= block <= ROUNDING else entries + 1
-    if not intact(header, b"cxsparse", 36) or not needed <= entries <= 4 * MIB or (
-            not 0 <= table - reader.at <= MIB):
+    needed = -(-told // max(block, 512))  # entries
+    if not (intact(header, b"cxsparse", 36) and 512 <= block <= ROUNDING
+            and needed <= entries <= 4 * MIB and 0 <= table - reader.at <= MIB):
         raise ArchiveError("the VHD's header is damaged")
     reader.skip(table - reader.at)
     numbers = array.array("I", reader.take(entries * 4))
     numbers.byteswap()
+    good = numbers[needed:].count(0xFFFFFFFF) == entries - needed  # none behind the disk's end
     blocks = sorted(number for number in numbers[:needed] if number != 0xFFFFFFFF)
-    if numbers[needed:].count(0xFFFFFFFF) != entries - needed:
-        raise ArchiveError("the VHD's table goes on behind the end of the disk")
     end, gap = table + -(-entries * 4 // 512) * 512, MIB
     for number in blocks:
-        if not end <= number * 512 <= end + gap:
-            raise ArchiveError("the VHD's table is damaged: blocks overlap or leave a gap")
+        good = good and end <= number * 512 <= end + gap
         end, gap = number * 512 + -(-block // 4096 // 512) * 512 + block, 4096
-    reader.where = "its blocks: the table says %d bytes" % (end + 512)
+    if not good:
+        raise ArchiveError("the VHD's table is damaged")
+    reader.where = "the VHD's blocks"
     reader.skip(end - reader.at)
-    last = reader.take(512)
-    if last != footer:
-        text = "the VHD's table does not fit its length: no footer at byte %d" % end
-        raise ArchiveError(error_text(last, text))
-    for view in reader.rest():
-        raise ArchiveError(error_text(view, "data after the VHD's last footer"))
+    if reader.take(512) != footer:
+        raise ArchiveError("no footer at byte %d, where the VHD's table has its end" % end)
+    if reader.some(1):
+        raise ArchiveError("data after the VHD's last footer")
     return ["VHD (footers, header, %d blocks)" % len(blocks)]
 
 
 def dump_tables(pieces):
     """Names of the tables of a dump of the pool's database, and "schema 5.711" as its manifest has
-    it. Raises ArchiveError if it is no XML to its </database> or has no VM (every host is one):
-    during a rolling upgrade xapi sends one without tables (pool_db_backup.ml)."""
-    path, names, schema, vms, seen, piece = [], set(), {}, [], 0, b""
+    it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
+    others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
+    sends one without tables (pool_db_backup.ml)."""
+    path, schema, seen = [], {}, 0
+    tables = collections.defaultdict(collections.Counter)  # of each one's rows, by their fields
     parser = xml.parsers.expat.ParserCreate("utf-8")
 
-    def begin(name, attributes):
+    def begin(name, attributes, *doctype):
+        if doctype or len(path) > 9 or len(tables) + len(schema) > 9999:
+            raise ArchiveError("the dump is not XAPI's")
         path.append(attributes.get("name", "") if name == "table" else name)
-        if path[1:] == ["VM", "row"] and not vms:
-            vms.append(True)
+        if name == "row" and len(path) == 3:
+            tables[path[1]][frozenset(attributes)] += 1
         elif name == "table":
-            names.add(path[-1])
+            tables[path[-1]].update()
         elif name == "pair":
             schema[attributes.get("key")] = attributes.get("value")
-        if len(path) > 9 or len(names) + len(schema) > 9999:
-            refuse()
 
-    def refuse(*_declaration):
-        raise ArchiveError("the dump is not XAPI's")
-
-    parser.StartElementHandler, parser.StartDoctypeDeclHandler = begin, refuse
+    parser.StartElementHandler = parser.StartDoctypeDeclHandler = begin
     parser.EndElementHandler = lambda _name: path.pop()
     try:
         for piece in pieces:
@@ -1501,12 +1443,15 @@ def dump_tables(pieces):
                 raise ArchiveError("the dump has no end")
         parser.Parse(b"", True)
     except xml.parsers.expat.ExpatError as error:
-        text = "the dump is damaged or does not end in </database>: %s" % error
-        raise ArchiveError(error_text(piece, text)) from None
-    if not vms:
+        raise ArchiveError("the dump is damaged or lacks </database>: %s" % error) from None
+    if not tables.get("VM"):
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-    names.add("schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn")))
-    return names
+    for table, rows in tables.items():  # the cut made one row of two
+        usual = max(rows, key=rows.get, default=frozenset())
+        if rows[usual] > 1 and any(rows[odd] == 1 and odd < usual for odd in rows):
+            raise ArchiveError("the dump is damaged in table %s" % table)
+    version = "schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn"))
+    return {version}.union(tables)
 
 
 def prove_dump(pieces, tables=()):
@@ -1529,7 +1474,7 @@ def gunzip(pieces):
         for piece in pieces:
             while len(piece):
                 if gzip.eof:
-                    raise ArchiveError(error_text(piece))
+                    raise ArchiveError("data after the end of the gzip stream")
                 yield memoryview(gzip.decompress(piece, MIB))
                 piece = memoryview(gzip.unused_data if gzip.eof else gzip.unconsumed_tail)
         yield memoryview(gzip.flush())  # zlib may hold back output with no input left
@@ -1548,24 +1493,19 @@ def unzstd(pieces):
     its own reads the pieces; it and the child are gone when this generator is."""
     if not has_zstd():
         raise BackupError("nothing here can decompress it: install the command zstd")
-    child: Any = subprocess.Popen(
-        [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True)  # Ctrl-C is for us: the child ends when its input does
+    buffer = memoryview(bytearray(MIB))
 
     def feed():
-        try:
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
             for piece in pieces:
-                try:
-                    child.stdin.write(piece)
-                except BrokenPipeError:  # it ended: its exit status tells why
-                    break
-        finally:
-            with contextlib.suppress(OSError):
-                child.stdin.close()
+                child.stdin.write(piece)
 
-    buffer = memoryview(bytearray(MIB))
-    with ThreadPoolExecutor(1) as thread:
+    child: Any
+    with subprocess.Popen(
+            [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
+    ) as child, ThreadPoolExecutor(1) as thread:
         try:
             feeder = thread.submit(feed)
             for count in iter(lambda: child.stdout.readinto(buffer), 0):
@@ -1575,8 +1515,6 @@ def unzstd(pieces):
                 raise ArchiveError("the zstd stream is cut off, damaged or followed by something")
         finally:
             child.kill()
-            child.stdout.close()
-            child.wait()
 
 
 def prover(file_name, size=None, uuids=(), sink=None):
@@ -1605,7 +1543,7 @@ LOOK = 0.2  # seconds
 STOP_GRACE = 5  # seconds a call may still take at a stop: the host may just have made a session
 CLEANUP_GRACE = 20  # seconds for each call that is begun after it, to clean up
 STOP_ENDS = 55  # seconds after which a stop ends the program, whatever hangs
-ONE_SIGNAL = 0.1  # seconds within which a signal and its echo are one: timeout(1) sends it twice
+ONE_SIGNAL = 0.2  # seconds within which a signal and its echo are one: timeout(1) sends it twice
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
            signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
@@ -1632,10 +1570,10 @@ class Watch:
     """What all threads share about stopping, progress and the rate (bytes/s, 0: no limit). A stop
     tears nothing apart: code looks at it where it can undo what it has done."""
 
-    def __init__(self, rate=0):
-        self.signum, self.rate, self.streams, self.activities = None, rate, set(), []
-        self._stopped, self._raises, self._calls = 0.0, False, {}
-        self._due, self._turn = 0.0, threading.Lock()
+    def __init__(self):
+        self.signum, self.rate, self.activities = None, 0, []
+        self.streams, self.calls = set(), {}  # open Streams; Transports, and since when each waits
+        self._stopped, self._raises, self._due, self._turn = 0.0, False, 0.0, threading.Lock()
 
     def install(self):
         """Takes the signals, and lets no core file and no TLS key log tell the password."""
@@ -1654,7 +1592,7 @@ class Watch:
             signal.alarm(STOP_ENDS)
             if self._raises:
                 raise Interrupted(signum)
-        elif signum != self.signum or now - self._stopped > ONE_SIGNAL:
+        elif now - self._stopped > ONE_SIGNAL:
             os._exit(128 + self.signum)
 
     def check(self):
@@ -1692,10 +1630,9 @@ class Watch:
     def _end_waits(self):
         for stream in self.streams.copy():
             stream.abort()
-        for transport, begun in self._calls.copy().items():
-            late = begun > self._stopped
-            end = begun + CLEANUP_GRACE if late else self._stopped + STOP_GRACE
-            if time.monotonic() > end:
+        for transport, begun in self.calls.copy().items():
+            grace = CLEANUP_GRACE if begun > self._stopped else STOP_GRACE
+            if time.monotonic() > max(begun, self._stopped) + grace:
                 transport.shut()
 
     def pure(self, function, *args):
@@ -1707,15 +1644,6 @@ class Watch:
             return function(*args)
         finally:
             self._raises = False
-
-    @contextlib.contextmanager
-    def call(self, transport):
-        """Registers a call that is under way, so that a stop can end it."""
-        self._calls[transport] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._calls[transport]
 
     @contextlib.contextmanager
     def activity(self, label):
@@ -1736,26 +1664,24 @@ class Watch:
         def tend():
             while not ended.wait(1):
                 asks = [stream.ask for stream in self.streams.copy()]
-                for look in asks + [functools.partial(show, self.activities[:])]:
+                for look in [functools.partial(show, self.activities[:])] + asks:
                     with contextlib.suppress(Exception):  # an oddity must not end the watching
                         look()
 
-        helper = threading.Thread(target=tend, name="helper", daemon=True)
-        helper.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            helper.join()
+        with ThreadPoolExecutor(1) as helper:
+            helper.submit(tend)
+            try:
+                yield
+            finally:
+                ended.set()
 
 
 # ============================== the XAPI client ==============================
 
-CONNECT_TIMEOUT = 30  # seconds
+CONNECT_TIMEOUT = 30  # seconds, for all that a helper asks, too
 KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15),
              (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
-ASK_TIMEOUT = 30  # seconds
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
 
 
@@ -1770,7 +1696,6 @@ class Endpoint:
     def __init__(self, address, pins=None, ca=None, verify=True, led=False):
         self.address, self.pins, self.ca, self.verify = address, pins, ca, verify
         self.checked = verify and bool(pins or ca or led or not is_loopback(address.host))
-        self._context = None
 
     def __str__(self):
         scheme, host, port = self.address
@@ -1782,11 +1707,9 @@ class Endpoint:
     def lead(self, told):
         """The Endpoint where this host leads to as master or by a redirect; it has to prove itself
         in the same way. Clear text leads to clear text within this machine alone."""
-        try:
+        mine, address = self.address, Address("", "", 0)
+        with contextlib.suppress(ValueError):
             address = parse_host(told)
-        except ValueError:
-            address = Address("", "", 0)
-        mine = self.address
         if "://" not in told and address.port == 443 and (
                 mine.scheme == "https" or mine.scheme == "http" and is_loopback(address.host)):
             address = mine._replace(host=address.host)  # a bare name: reached as this one is
@@ -1797,58 +1720,54 @@ class Endpoint:
     def open_socket(self, timeout, owner):
         """A connected socket, TLS done and the certificate checked: nothing was sent before that.
 
-        It is owner.sock from its first moment, for whoever has to shut it. A dead peer is noticed
-        by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or write,
-        None for ever).
+        It is owner.sock as soon as it is one, for whoever has to shut or close it. A dead peer is
+        noticed by TCP keepalive within about three minutes, whatever `timeout` (seconds per read or
+        write, None for ever).
         """
-        try:
-            sock = self._connect(owner)
-            if self.address.scheme != "unix":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in KEEPALIVE:
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if self.address.scheme == "https":
-                sock = self._tls(sock, owner)
-        except BaseException:
-            if owner.sock is not None:
-                owner.sock.close()
-            raise
+        scheme, host, port = self.address
+        if scheme == "unix":
+            sock = owner.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(host)
+        else:
+            sock = owner.sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if scheme == "https":
+            sock = self._tls(sock, owner)
         sock.settimeout(timeout)
         return sock
 
-    def _connect(self, owner):
-        scheme, host, port = self.address
-        found = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", host)]
-        if scheme != "unix":
-            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        for family, kind, protocol, _name, address in found:
-            try:
-                sock = owner.sock = socket.socket(family, kind, protocol)
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(address)
-                return sock
-            except OSError as error:
-                failure: Any = error
-        raise failure
-
     def _tls(self, sock, owner):
-        self._context = self._context or self._make_context()
-        name = self.address.host if self._context.check_hostname else None
+        """The TLS socket on it. Where the certificate is not trusted, raises BackupError: which
+        fingerprint the host shows, how to compare it, what to set."""
+        context, trusted = self._context(), True
+        name = self.address.host if context.check_hostname else None
+        tls = owner.sock = context.wrap_socket(sock, server_hostname=name,
+                                               do_handshake_on_connect=False)
         try:
-            tls = owner.sock = self._context.wrap_socket(sock, server_hostname=name,
-                                                         do_handshake_on_connect=False)
             tls.do_handshake()
         except (ssl.SSLError, ssl.CertificateError) as error:
             # In Python 3.6 CertificateError is a wrong name only, and no SSLError.
-            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise BackupError(self._untrusted(owner)) from None
-            raise
+            if isinstance(error, ssl.SSLError) and error.reason != "CERTIFICATE_VERIFY_FAILED":
+                raise
+            trusted = False
+            tls.close()
+            tls = Endpoint(self.address, verify=False).open_socket(CONNECT_TIMEOUT, owner)
         shown = hashlib.sha256(tls.getpeercert(True)).hexdigest()
-        if self.checked and self.pins and shown not in self.pins:
-            raise BackupError(self._untrusted(owner, shown))
-        return tls
+        if self.checked and self.pins:
+            trusted = shown in self.pins
+        if trusted:
+            return tls
+        shown = ":".join(re.findall("..", shown)).upper()
+        raise BackupError(
+            "the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it on"
+            " the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
+            " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
+            % (self, shown, shown))
 
-    def _make_context(self):
+    def _context(self):
         if self.checked and not self.pins:
             context = ssl.create_default_context(cafile=self.ca)
             # XenServer's own certificates have no key identifiers, which newer Pythons ask for.
@@ -1856,30 +1775,14 @@ class Endpoint:
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
-            levels = ssl.OPENSSL_VERSION_INFO >= (1, 1)  # older ones know none and raise
-            context.set_ciphers("DEFAULT:@SECLEVEL=1" if levels else "DEFAULT")
+            if ssl.OPENSSL_VERSION_INFO >= (1, 1):
+                # XenServer 7 has RSA key exchange only and short keys, which the defaults refuse.
+                context.set_ciphers("DEFAULT:@SECLEVEL=1")
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         return context
-
-    def _untrusted(self, owner, shown=None):
-        """One line: the fingerprint that the host shows, how to compare it and what to set."""
-        if shown is None:
-            owner.sock.close()
-            bare = Endpoint(self.address, verify=False)
-            try:
-                with contextlib.closing(bare.open_socket(CONNECT_TIMEOUT, owner)) as sock:
-                    shown = hashlib.sha256(sock.getpeercert(True)).hexdigest()
-            except OSError as error:
-                return "the certificate of %s is not trusted (%s)" % (self, describe(error))
-        shown = ":".join(re.findall("..", shown)).upper()
-        return ("the certificate of %s is not trusted: its SHA-256 fingerprint is %s - compare it"
-                " on the host's console with: openssl x509 -noout -fingerprint -sha256 -in"
-                " /etc/xensource/xapi-ssl.pem - and if it is the same, add tls_fingerprint=%s"
-                % (self, shown, shown))
 
 
 def endpoints(settings, addresses):
@@ -1912,9 +1815,10 @@ class Transport(xmlrpc.client.Transport):
     user_agent = "vmbackup/" + __version__
     accept_gzip_encoding = False
 
-    def __init__(self, endpoint, timeout):
+    def __init__(self, endpoint, timeout, watch):
         super().__init__()
-        self.endpoint, self.timeout, self.connection, self.used = endpoint, timeout, None, 0.0
+        self.endpoint, self.timeout, self.watch = endpoint, timeout, watch
+        self.connection, self.used = None, 0.0
 
     def make_connection(self, host):
         if time.monotonic() - self.used > 5:
@@ -1929,26 +1833,33 @@ class Transport(xmlrpc.client.Transport):
             connection.close()
 
     def shut(self):
-        shut(getattr(self.connection, "sock", None))
+        shut(getattr(self.connection, "sock", None))  # a stop ends the call
 
     def request(self, host, handler, request_body, verbose=False):
+        self.watch.calls[self] = time.monotonic()
         try:
             return self.single_request(host, handler, request_body, verbose)
         finally:
             self.used = time.monotonic()
+            del self.watch.calls[self]
 
 
 # What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
+BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError,
+          ValueError, TypeError, LookupError)  # the latter of an answer that is none
 UNDONE = ("SESSION_INVALID", "HOST_IS_SLAVE", "HOST_STILL_BOOTING")  # refused before it was begun
 
 
-def told_error(details, handle, doing=""):
-    """The XapiError of what a host told, without the session's reference, worth a password. A task
-    that was cancelled tells nothing (taskHelper.ml)."""
-    secret = handle.rpartition(":")[2]
-    details = [str(item).replace(secret, "...") for item in details]
-    return XapiError(details or ["TASK_CANCELLED"], doing)
+class Record(dict):
+    """An object of the pool. What it lacks, and another answer, is told as the host's fault."""
+
+    def __init__(self, answer):
+        if not isinstance(answer, dict):
+            raise BackupError("the host's answer is none of XAPI's: %.60r" % (answer,))
+        super().__init__(answer)
+
+    def __missing__(self, key):
+        raise BackupError("the host tells no %s of an object: is its XAPI supported?" % key)
 
 
 class Xapi:
@@ -1959,9 +1870,9 @@ class Xapi:
 
     def __init__(self, hosts, credentials, log, watch):
         self._hosts, self._credentials, self._log, self.watch = hosts, credentials, log, watch
-        self._session: Any = None
-        self._transport: Any = None
         self.endpoint: Any = None
+        self.handle: Any = None  # the session's reference; it changes with a new login
+        self._transport: Any = None
         self._lost = None  # a session that a broken connection left behind: the host counts it
 
     def connect(self):
@@ -1979,25 +1890,24 @@ class Xapi:
             except (BackupError,) + BROKEN as error:
                 if self.endpoint is None:
                     self.watch.check()
-                reasons.append("%s: %s" % (endpoint, describe(error)))
+                text = describe(error)  # a host may repeat what it was sent
+                reasons.append("%s: %s" % (
+                    endpoint, text.replace(self._credentials[1] or "\0", "...")))
                 continue
             if self._lost:
-                self._log_out(self._session, self._lost)
+                with contextlib.suppress(BackupError):
+                    self.ask("session.logout", handle=self._lost)
+                self._lost = None
             return
         raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
 
     def _login(self, endpoint, hops=3):
-        import XenAPI
-
-        transport = Transport(endpoint, CALL_TIMEOUT)
-        session: Any = XenAPI.Session("http://xapi", transport=transport)
+        transport = Transport(endpoint, CALL_TIMEOUT, self.watch)
         try:
-            with self.watch.call(transport):
-                session.login_with_password(*self._credentials, "1.0", "vmbackup")
-            session.last_login_method = None  # or XenAPI would log in again by itself
-            self._session, self._transport, self.endpoint = session, transport, endpoint
-        except XenAPI.Failure as failure:
-            error = XapiError(failure.details)
+            self.handle = self._answer(transport, "session.login_with_password",
+                                       *self._credentials, "1.0", "vmbackup")
+            self._transport, self.endpoint = transport, endpoint
+        except XapiError as error:
             if error.code == "HOST_IS_SLAVE" and error.params and hops:
                 master = endpoint.lead(error.params[0])
                 self._log("%s is not the pool master, going on to %s" % (endpoint, error.params[0]))
@@ -2007,24 +1917,22 @@ class Xapi:
                                   " (a password file has to exist to be read)"
                                   % (endpoint, self._credentials[0])) from None
             else:
-                raise error from None
-        finally:
-            if self._session is not session:
-                if session.handle:  # what an older XenAPI asks after its login failed
-                    self._log_out(session, session.handle)
-                transport.close()
+                raise
 
-    def _log_out(self, session, handle):
-        with contextlib.suppress(Exception), self.watch.call(session.transport):
-            session.session.logout(handle)
-            self._lost = None
+    def _answer(self, transport, method, *args):
+        """What the host answers. XenAPI's own way to call is not taken: it logs in by itself."""
+        import XenAPI
 
-    @property
-    def handle(self):
-        """The session reference; it changes with a new login."""
-        if self._session is None:
-            raise ConnectionLost(BackupError("not logged in"))
-        return self._session.handle
+        answer = getattr(XenAPI.Session("http://xapi", transport), method)(*args)
+        if answer["Status"] == "Success":
+            return answer["Value"]
+        raise XapiError(answer["ErrorDescription"], method)
+
+    def _send(self, transport, *call):
+        try:
+            return self._answer(transport, *call)
+        except BROKEN as error:
+            raise ConnectionLost(error) from None
 
     def call(self, method, *args):
         """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
@@ -2033,56 +1941,31 @@ class Xapi:
         only reads.
         """
         try:
-            if self._session is not None:
-                return self._send(method, args)
+            if self.handle:
+                return self._send(self._transport, method, self.handle, *args)
         except XapiError as error:
-            lost = isinstance(error, ConnectionLost)
-            reads = lost and ".get_" in method and not self.watch.signum
-            if not reads and error.code not in UNDONE:
+            reads = isinstance(error, ConnectionLost) and ".get_" in method
+            if error.code not in UNDONE and (self.watch.signum or not reads):
                 raise
             self._log("lost the host, logging in again")
-            self._lost, self._session = self.handle, None
+            self._lost, self.handle = self.handle, None
             self._transport.close()
         try:
             self.connect()
         except ConfigError as error:
             raise ConnectionLost(error) from None
-        return self._send(method, args)
+        return self._send(self._transport, method, self.handle, *args)
 
-    def _send(self, method, args):
-        import XenAPI
-
-        try:
-            with self.watch.call(self._transport):
-                return self._session.xenapi_request(method, args)
-        except XenAPI.Failure as failure:
-            raise told_error(failure.details, self.handle, method) from None
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode == 401:  # XenAPI's word for it, since it may not log in again
-                raise XapiError(["SESSION_INVALID"], method) from None
-            raise ConnectionLost(fault) from None
-        except BROKEN + (ValueError, TypeError, LookupError) as error:  # no answer of XAPI's
-            raise ConnectionLost(error) from None
-
-    def ask(self, method, *args):
+    def ask(self, method, *args, handle=None):
         """The same for another thread than the owner's: on a connection of its own, never a login,
-        and with a short timeout. Raises XapiError."""
-        import XenAPI
-
-        transport = Transport(self.endpoint, ASK_TIMEOUT)
-        session = XenAPI.Session("http://xapi", transport=transport)
-        try:
-            with contextlib.closing(transport), self.watch.call(transport):
-                answer = getattr(session, method)(self.handle, *args)
-            if answer["Status"] == "Success":
-                return answer["Value"]
-        except BROKEN + (ValueError, TypeError, LookupError) as error:
-            raise ConnectionLost(error) from None
-        raise told_error(answer["ErrorDescription"], self.handle, method)
+        and with a short timeout. handle: another session's than this one's."""
+        with contextlib.closing(Transport(self.endpoint, CONNECT_TIMEOUT, self.watch)) as transport:
+            return self._send(transport, method, handle or self.handle, *args)
 
     def all(self, kind):
         """{ref: record} of all objects of a class."""
-        return self.call(kind + ".get_all_records")
+        answer = Record(self.call(kind + ".get_all_records"))
+        return {ref: Record(record) for ref, record in answer.items()}
 
     def records(self, kind, refs):
         """{ref: record} of the refs that exist."""
@@ -2090,11 +1973,29 @@ class Xapi:
         for ref in dict.fromkeys(refs):
             if ref != NULL:
                 try:
-                    found[ref] = self.call(kind + ".get_record", ref)
+                    found[ref] = Record(self.call(kind + ".get_record", ref))
                 except XapiError as error:
                     if error.code != "HANDLE_INVALID":
                         raise
         return found
+
+    def wait_for(self, task, patience, doing, heed=True):
+        """The record of a task once it has ended, None if it is gone.
+
+        Raises XapiError after `patience` seconds, and at a stop Interrupted, or unless that is to
+        be heeded XapiError when time runs out.
+        """
+        end, pause = time.monotonic() + patience, 0.02
+        while True:
+            if heed:
+                self.watch.check()
+            record = self.records("task", [task]).get(task)
+            if record is None or record["status"] not in ("pending", "cancelling"):
+                return record
+            if time.monotonic() > end or self.watch.time_left() < CLEANUP_GRACE:
+                raise XapiError(["TASK_TIMEOUT"], "%s did not end within %d s" % (doing, patience))
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1)
 
     def run_task(self, method, *args):
         """Runs Async.method to its end and returns the ref that is its result.
@@ -2103,39 +2004,29 @@ class Xapi:
         that the caller can undo it. Gives up after SNAPSHOT_TIMEOUT.
         """
         task = self.call("Async." + method, *args)
-        end, pause, asked = time.monotonic() + SNAPSHOT_TIMEOUT, 0.02, False
         try:
-            while True:
-                record = self.call("task.get_record", task)
-                if record["status"] not in ("pending", "cancelling"):
-                    break
-                if self.watch.signum and not asked:
-                    asked, end = True, time.monotonic() + CLEANUP_GRACE
-                    with contextlib.suppress(XapiError):
-                        self.call("task.cancel", task)
-                if time.monotonic() > end:
-                    self.watch.check()
-                    doing = "%s did not end within %d s" % (method, SNAPSHOT_TIMEOUT)
-                    raise XapiError(["TASK_TIMEOUT"], doing)
-                time.sleep(pause) if asked else self.watch.sleep(pause)
-                pause = min(pause * 1.5, 2)
+            try:
+                record = self.wait_for(task, SNAPSHOT_TIMEOUT, method)
+            except Interrupted:
+                with contextlib.suppress(XapiError):
+                    self.call("task.cancel", task)
+                record = self.wait_for(task, CLEANUP_GRACE, method, False)
         finally:
             with contextlib.suppress(XapiError):
                 self.call("task.destroy", task)
+        if record is None:
+            raise XapiError(["HANDLE_INVALID", "task"], method)
         if record["status"] != "success":
             self.watch.check()
-            raise told_error(record["error_info"], self.handle, method)
+            raise XapiError(record["error_info"], method)
         return re.sub(r"</?value>", "", record["result"]).strip()  # Async wraps it in XML
 
     def at(self, told):
         """The Endpoint of the pool member that is told by this address or URL: its certificate is
         the one that the pool vouches for (host.get_server_certificate), over this connection, which
         is trusted already."""
-        mine, pins = self.endpoint, []
-        other = mine.lead(told)
-        if other.address == mine.address:
-            return mine
-        if other.checked and (mine.checked or is_loopback(mine.address.host)):
+        other, pins = self.endpoint.lead(told), []
+        if other.checked:
             with contextlib.suppress(XapiError, ValueError):
                 for ref, host in self.all("host").items():
                     if parse_host(host["address"]).host == other.address.host:
@@ -2147,21 +2038,19 @@ class Xapi:
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
         are forwarded and streams are not."""
-        if self.endpoint.address.scheme == "unix":
-            with contextlib.suppress(XapiError, StopIteration):
-                master = next(iter(self.all("pool").values()))["master"]
-                if self.call("session.get_this_host", self.handle) != master:
-                    return self.at(self.call("host.get_record", master)["address"])
-        return self.endpoint
+        pool = next(iter(self.all("pool").values()))  # it logs in where that was not done yet
+        if self.endpoint.address.scheme != "unix" or (
+                self.call("session.get_this_host", self.handle) == pool["master"]):
+            return self.endpoint
+        return self.at(self.call("host.get_address", pool["master"]))
 
     def close(self):
         """Logs out; never raises."""
-        session, self._session = self._session, None
-        if session is not None:
+        if self.handle:
+            with contextlib.suppress(BackupError):
+                self.ask("session.logout")
             self._transport.close()
-            self._transport.timeout = CONNECT_TIMEOUT
-            self._log_out(session, session.handle)
-            self._transport.close()
+            self.handle = None
 
 
 # ============================== streams ==============================
@@ -2169,43 +2058,13 @@ class Xapi:
 SILENCE = 30  # seconds after which the host is asked how a stream's task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 STALLED = 3600  # seconds in which neither a byte nor the task's progress moved: given up
-LINGER = 600  # seconds that a stream may stay open and silent once its task has ended
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
 IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import takes its time
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
-class Upload:
-    """The body of a PUT as requests takes it: pieces of a known total length, held to the rate."""
-
-    def __init__(self, stream, body):
-        self._stream, self._body, self._sent, self.begun = stream, body, None, False
-
-    def __len__(self):
-        return len(self._body)
-
-    def __iter__(self):
-        self._sent = self._send()
-        return self._sent
-
-    def _send(self):
-        watch, pieces, self.begun = self._stream.xapi.watch, iter(self._body), True
-        while True:
-            watch.check()
-            try:
-                piece = next(pieces, None)
-            except OSError as error:  # of a file, not of the connection
-                raise BackupError(describe(error)) from error
-            if piece is None:
-                return
-            watch.throttle(len(piece))
-            yield piece
-            self._stream.note(len(piece))
-
-    def close(self):
-        """Lets go of the body, which a broken connection left in its middle."""
-        if self._sent is not None:
-            self._sent.close()
+class Elsewhere(XapiError):
+    """Another pool member is to have the request: stream.endpoint leads there by now."""
 
 
 def make_adapter(stream):
@@ -2216,14 +2075,11 @@ def make_adapter(stream):
     import urllib3
 
     class Connection(urllib3.connection.HTTPConnection):
-        def __init__(self, *args, **options):
-            self.stream = options.pop("stream")
-            super().__init__(*args, **options)
-            self.response_class = self.stream.response
+        response_class: Any = stream.response
 
         def connect(self):
             try:
-                self.sock = self.stream.endpoint.open_socket(None, self.stream)
+                self.sock = stream.endpoint.open_socket(None, stream)
             except OSError as error:  # of which urllib3 passes over some
                 raise http.client.NotConnected(error) from None
 
@@ -2232,7 +2088,7 @@ def make_adapter(stream):
 
     class Adapter(requests.adapters.HTTPAdapter):
         def get_connection_with_tls_context(self, *_args, **_options):
-            return Pool("xapi", stream=stream)
+            return Pool("xapi")
 
         get_connection = get_connection_with_tls_context  # its name before requests 2.32
 
@@ -2254,24 +2110,27 @@ class Stream:
     before anything is sent, for whoever notes it; `send(body)`, then `verdict()`. Left without a
     verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
 
-    query: without session_id and task_id. endpoint: another than the session's.
+    query: without session_id and task_id; until send() it may be completed. endpoint: another than
+    the session's. at_work: whether the host may be at work on the task. result: the refs of what
+    an import made, once verdict() was True.
     """
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
-        self.xapi, self._path, self._query, self.activity = xapi, path, query, activity
-        self.endpoint, self._put = endpoint or xapi.endpoint, put
+        self.xapi, self.watch, self.activity = xapi, xapi.watch, activity
+        self._path, self._query, self._put = path, query, put
+        self._given = self.endpoint = endpoint
         self.task = self.sock = self._answer = self._body = None
-        self.begun = self.ended = self._cancelled = False
-        self.reason = None  # why it was given up
-        self.received, self.result = 0, []
-        self._touched = self._answered = self._moved = self._asked = time.monotonic()
+        self.at_work, self.result, self._hops = False, [], 0
+        self._reason = None  # why it was given up
+        self._name = "the %s's task" % ("import" if put else "export")
+        self._asked = self._answered = time.monotonic()
 
     def __enter__(self):
-        self.xapi.watch.check()
+        self.watch.check()
         try:
             self._make_task()
             self.activity.begin()
-            self.xapi.watch.streams.add(self)
+            self.watch.streams.add(self)
             if not self._put:
                 self._open()
             return self
@@ -2281,57 +2140,57 @@ class Stream:
 
     def _make_task(self):
         self.task = self.xapi.call("task.create", "vmbackup: " + self.activity.label, "")
+        self.endpoint = self.endpoint or self.xapi.endpoint
 
     def _open(self):
         """Opens a GET, following redirects to pool members; logs in anew once after 401.
 
         Raises XapiError with the task's own reason where the host gives one.
         """
-        target, renewed, hops = None, False, 0
-        while True:
-            self.xapi.watch.check()
+        status, renewed = None, False
+        while status != 200:
             try:
-                status, location = self._request("GET", target)
+                status = self._request("GET")
+            except Elsewhere:
+                continue
             except ConnectionLost as error:
                 raise self.failure() or error from None
-            if status == 200:
-                self.begun = True
-                return
             if status == 401 and not renewed:
                 self._disconnect()
-                renewed, target, self.endpoint = True, None, self.xapi.endpoint
-                self.xapi.call("pool.get_all")  # a call logs in again when the session is gone
+                renewed, self.endpoint = True, self._given
                 with contextlib.suppress(XapiError):
-                    self.xapi.call("task.destroy", self.task)
+                    self.xapi.call("task.destroy", self.task)  # it logs in if the session is gone
                 self._make_task()
-            elif status in (301, 302, 307, 308) and location:
-                self._disconnect()
-                hops += 1
-                if hops > 5:
-                    raise XapiError(["REDIRECT"],
-                                    "the hosts send each other the request in a circle")
-                url = urllib.parse.urlsplit(location)
-                self.endpoint = self.xapi.at("%s://%s" % (url.scheme, url.netloc))
-                target = url.path + "?" + url.query
-            else:
+            elif status != 200:
                 raise self._refusal(status)
+        self.at_work = True
 
-    def _request(self, method, target=None, body=None):
-        """Sends the request and waits for the head, however long the host takes. Returns (status,
-        Location)."""
+    def _request(self, method, body=None, length=0):
+        """Sends the request and waits for the head, however long the host takes. Returns the
+        status; raises ConnectionLost, or Elsewhere for a redirect, which keeps path and query."""
         import requests
 
+        self.watch.check()
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
-        target = target or self._path + "?" + urllib.parse.urlencode(query)
+        url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
         headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
-        request = requests.Request(method, "http://xapi" + target, headers, data=body)
+        request = requests.Request(method, url, headers).prepare()
+        if body is not None:
+            request.body, request.headers["Content-Length"] = body, str(length)
         try:
-            self._answer = make_adapter(self).send(request.prepare(), stream=True)
+            self._answer = answer = make_adapter(self).send(request, stream=True)
         except BROKEN as error:
-            self.xapi.watch.check()
-            raise ConnectionLost(self.reason or innermost(error)) from None
-        self._touched = time.monotonic()
-        return self._answer.status_code, self._answer.headers.get("Location", "")
+            raise self._lost(error) from None
+        self.activity.note(0)
+        location = answer.headers.get("Location", "")
+        if answer.status_code in (301, 302, 307, 308) and location:
+            self._disconnect()
+            self.at_work, self._hops = False, self._hops + 1
+            if self._hops > 5:
+                raise BackupError("the hosts send each other the request in a circle")
+            self.endpoint = self.xapi.at("/".join(location.split("?")[0].split("/")[:3]))
+            raise Elsewhere(["REDIRECT"])
+        return answer.status_code
 
     def response(self, *args, **options):
         """urllib3's response_class: keeps http.client's own response, whose readinto fills the
@@ -2344,109 +2203,99 @@ class Stream:
         view = memoryview(bytearray(16384))
         with contextlib.suppress(OSError, BackupError):
             self.sock.settimeout(CONNECT_TIMEOUT)
-            self._read(view)
+            self.readinto(view)
         told = re.search(r"</h1>\s*([A-Z][A-Z0-9_]{3,})(?:: \[ ?(.*?) ?\])?",
                          bytes(view).decode("utf-8", "replace"), re.S)
         details = [told.group(1)] + (told.group(2) or "").split("; ") if told else []
-        return self.failure() or told_error(details or ["HTTP_%d" % status], self.xapi.handle,
-                                            "the host answered %d" % status)
+        return self.failure() or XapiError(details or ["HTTP_%d" % status],
+                                           "the host answered %d" % status)
 
-    def _read(self, view):
-        try:
-            count = self._body.readinto(view)
-        except BROKEN + (ValueError,) as error:
-            self.xapi.watch.check()
-            raise ConnectionLost(self.reason or error) from None
-        self.xapi.watch.check()
-        if self.reason:  # a socket that was shut down may look like one that has ended
-            raise ConnectionLost(self.reason)
-        return count
+    def _lost(self, error):
+        """What ended the connection; Interrupted if it was a stop."""
+        self.watch.check()
+        return ConnectionLost(self._reason or innermost(error))
 
     def readinto(self, view):
         """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
-        count = self._read(view)
-        self.received += count
-        self.note(count)
-        self.xapi.watch.throttle(count)
+        try:
+            count = self._body.readinto(view)
+        except BROKEN as error:
+            raise self._lost(error) from None
+        if self._reason or self.watch.signum:  # the end may be that of a socket that was shut
+            raise self._lost(None)
+        self.activity.note(count)
+        self.watch.throttle(count)
         return count
 
-    def note(self, count):
-        """Counts bytes that went either way."""
-        self.activity.note(count)
-        self._touched = self.activity.touched
+    def send(self, pieces, length):
+        """Uploads `length` bytes, an iterator of pieces.
 
-    def send(self, body):
-        """Uploads len(body) bytes, the pieces of iter(body).
-
-        Raises what the body raises, and XapiError if the host refuses before anything was begun.
-        However the connection ends after that, the task has the only say: the host answers before
-        it reads, and stops reading when it has what it wants.
+        Raises what the pieces raise, but for OSErrors, and where the host refuses before it began
+        anything XapiError, or Elsewhere: then it may be called again. However the connection ends
+        after that, the task has the only say: the host answers before it reads, and reads no more
+        than it wants.
         """
-        with contextlib.closing(Upload(self, body)) as upload:
-            try:
-                status, _location = self._request("PUT", None, upload)
-                if status != 200:
-                    upload.begun = False
-                    raise self._refusal(status)
-                while self._read(memoryview(bytearray(16384))):
-                    pass  # it closes when its task has ended
-            except ConnectionLost:
-                if self.reason or not upload.begun:
-                    raise
-            finally:
-                self.begun = upload.begun
+        try:
+            status = self._request("PUT", self._counted(pieces), length)
+            if status != 200:
+                raise self._refusal(status)
+            while self.readinto(memoryview(bytearray(16384))):
+                pass  # it closes when its task has ended
+        except ConnectionLost:
+            if self._reason or not self.at_work:
+                raise
+        except XapiError:
+            self.at_work = False
+            raise
+
+    def _counted(self, pieces):
+        """The pieces, counted and at the rate."""
+        self.at_work = True
+        for piece in pieces:
+            self.watch.check()
+            self.watch.throttle(len(piece))
+            yield piece
+            self.activity.note(len(piece))
 
     def ask(self):
         """Asks the host every SILENCE seconds how the task does, and gives the stream up if nobody
         is there or nothing moves; called once a second by the helper thread."""
-        now, ended = time.monotonic(), False
-        if now - self._asked < SILENCE:
+        now = time.monotonic()
+        if self.watch.signum or now - self._asked < SILENCE:
             return
         self._asked = now
         try:
-            record = self.xapi.ask("task.get_record", self.task)
-            ended, fraction = record["status"] != "pending", float(record.get("progress") or 0)
+            fraction = float(self.xapi.ask("task.get_record", self.task)["progress"])
             if fraction != self.activity.fraction:
-                self.activity.fraction, self._moved = fraction, now
+                self.activity.fraction = fraction
+                self.activity.note(0)
             self._answered = now
         except ConnectionLost:
-            if now - max(self._touched, self._answered) > DEAD_AFTER:
+            if now - max(self.activity.touched, self._answered) > DEAD_AFTER:
                 self.abort("the host sent nothing and did not answer for %d s" % DEAD_AFTER)
         except XapiError:
-            ended, self._answered = True, now
-        if ended and now - self._touched > LINGER:
-            self.abort("the task has ended but the stream stays open and silent")
-        if now - max(self._touched, self._moved) > STALLED:
+            self._answered = now  # the task is gone, the host is not
+        if now - self.activity.touched > STALLED:
             self.abort("for %s neither a byte came nor the task moved on" % time_text(STALLED))
 
     def abort(self, reason=None):
         """Ends whatever the stream is at, in whatever thread."""
-        self.reason = self.reason or reason
+        self._reason = self._reason or reason
         shut(self.sock)
 
-    def _end(self, patience):
-        """The task's record once it has ended, None if it is gone. Raises XapiError if it has not
-        within `patience` seconds."""
-        end, pause = time.monotonic() + patience, 0.1
-        while True:
-            if not self._cancelled:
-                self.xapi.watch.check()
-            record = self.xapi.records("task", [self.task]).get(self.task)
-            if record is None or record["status"] not in ("pending", "cancelling"):
-                self.ended = True
-                return record
-            if time.monotonic() > end or self.xapi.watch.time_left() < CLEANUP_GRACE:
-                raise XapiError(["TASK_TIMEOUT"], "the stream ended but its task did not")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1)
+    def _end(self, patience, heed=True):
+        """The task's record once it has ended, None if it is gone; see wait_for."""
+        record = self.xapi.wait_for(self.task, patience, self._name, heed)
+        self.at_work = False
+        return record
 
     def failure(self):
         """The XapiError of a task that failed, or None if it is not known to have (within 3 s: the
         task of an early failure may stay pending for ever, see xapi_http.ml)."""
         with contextlib.suppress(XapiError):
-            record = self._end(FAILURE_ENDS)
+            record = None if self._reason else self._end(FAILURE_ENDS)
             if record and record["status"] != "success":
-                return told_error(record["error_info"], self.xapi.handle)
+                return XapiError(record["error_info"])
         return None
 
     def verdict(self):
@@ -2456,8 +2305,7 @@ class Stream:
         if record is None:
             return False
         if record["status"] != "success":
-            doing = "the %s's task failed" % ("import" if self._put else "export")
-            raise told_error(record["error_info"], self.xapi.handle, doing)
+            raise XapiError(record["error_info"], self._name + " failed")
         self.result = re.findall(r"OpaqueRef:[\w-]+", record["result"])
         return True
 
@@ -2467,17 +2315,16 @@ class Stream:
                 each.close()
 
     def __exit__(self, *_error):
-        self.xapi.watch.streams.discard(self)
+        self.watch.streams.discard(self)
         self._disconnect()
-        if self.begun and not self.ended:
-            self._cancelled = True
+        if self.at_work:
             with contextlib.suppress(BackupError):
                 self.xapi.call("task.cancel", self.task)
+        if self.at_work and self._put:
             with contextlib.suppress(BackupError):
-                if self._put:
-                    self._end(IMPORT_ENDS)
-        with contextlib.suppress(BackupError):
-            if self.task:
+                self._end(IMPORT_ENDS, False)
+        if self.task:
+            with contextlib.suppress(BackupError):
                 self.xapi.call("task.destroy", self.task)
 
 
@@ -2499,19 +2346,19 @@ def ring(readinto):
         yield buffer[:count]
 
 
-def fan_out(pieces, *consumers):
+def fan_out(pieces, *consumers, abort=None):
     """Gives all pieces of a ring to each consumer(pieces), each in a thread of its own, while the
-    next piece is read: network, hash, proof and disk overlap (all release the GIL). Returns the
-    list of their results. The first error ends all and is raised when no thread is left.
-    """
+    next piece is read: network, hash, proof and disk overlap (all release the GIL). The last one
+    is told of the end when the others have ended well: it may hold back what they vouch for.
+    Returns the list of their results. The first error ends all and is raised when no thread is
+    left; a consumer's calls abort(), for the next piece may be long in coming."""
     errors = []
-    lanes = [(queue.Queue(), threading.Semaphore(BUFFERS)) for _ in consumers]
+    # One piece is being read and one with the consumer: so many may wait.
+    lanes = [queue.Queue(BUFFERS - 2) for _ in consumers]
 
-    def lane(consumer, waiting, room):
+    def lane(consumer, waiting):
         def given():
-            for piece in iter(waiting.get, None):
-                yield piece
-                room.release()
+            yield from iter(waiting.get, None)
             if errors:  # then this is not the end of the export
                 raise errors[0]
 
@@ -2520,80 +2367,70 @@ def fan_out(pieces, *consumers):
             return consumer(source)
         except BaseException as error:
             errors.append(error)
+            if abort:
+                abort()
+        finally:
             with contextlib.suppress(BaseException):
                 for _ in source:  # or the reader would wait for room
                     pass
 
     with ThreadPoolExecutor(len(consumers)) as threads:
-        jobs = [threads.submit(lane, consumer, *each) for consumer, each in zip(consumers, lanes)]
+        jobs = [threads.submit(lane, *each) for each in zip(consumers, lanes)]
         try:
-            source = iter(pieces)
-            while not errors:
-                for _, room in lanes:  # with it, no lane has a piece of the buffer that comes next
-                    room.acquire()
-                piece = next(source, None)
-                if piece is None:
-                    break
-                for waiting, _ in lanes:
+            for piece in pieces:
+                for waiting in lanes:
                     waiting.put(piece)
+                if errors:
+                    break
         except BaseException as error:
-            errors.insert(0, error)  # a stop counts more than what it did to the consumers
+            at = 0 if isinstance(error, Interrupted) else len(errors)  # a stop counts most
+            errors.insert(at, error)
         finally:
-            for waiting, _ in lanes:
+            for waiting in lanes[:-1]:
                 waiting.put(None)
+            wait(jobs[:-1])
+            lanes[-1].put(None)
     if errors:
         raise errors[0]
     return [job.result() for job in jobs]
 
 
-class FileWriter:
-    """Writes a new file of mode 0600 and keeps the host's page cache clean of it. A context
-    manager: finish() flushes the file to disk, leaving without it does not.
+def new_file(name, dir_fd):
+    """The descriptor of a new file of mode 0600. OSError if anything has that name."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(native(name), flags, 0o600, dir_fd=dir_fd)
 
-    Every 64 MiB a helper thread flushes what was written and drops it from the cache, so that at
-    most two such windows are dirty: the file is not read again, dom0's memory is small, and the
-    final fsync has little left to do. Measured: 1.6 s/GiB against 2.1 without, the same CPU, and
-    no gain from windows of 8 to 32 MiB. O_DIRECT saves 0.1 to 0.3 CPU s/GiB, but would wait
-    for a file server at every write.
-    """
 
-    def __init__(self, name, dir_fd):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(native(name), flags, 0o600, dir_fd=dir_fd)
-        self._written = self._synced = 0
-        self._helper, self._flushed = ThreadPoolExecutor(1), None
+def write_all(name, dir_fd, pieces):
+    """Writes a new file, flushed to disk, and returns the number of its bytes.
 
-    def write_all(self, pieces):
-        """Writes them all; returns the number of bytes."""
-        for view in pieces:
-            while len(view):
-                count = os.write(self._fd, view)
-                view = view[count:]
-                self._written += count
-            if self._written - self._synced >= SYNC_EVERY:
-                if self._flushed:
-                    self._flushed.result()
-                self._flushed = self._helper.submit(self._flush, self._synced, self._written)
-                self._synced = self._written
-        return self._written
+    Every 64 MiB a helper thread flushes what was written and drops it from the page cache, so that
+    at most two such windows are dirty: dom0's memory is small, and the last flush has little left
+    to do. Measured: 1.6 s/GiB against 2.1 without, the same CPU; smaller windows gain nothing, and
+    O_DIRECT would wait for a file server at every write."""
+    written = synced = 0
+    fd = new_file(name, dir_fd)
 
-    def _flush(self, start, end):
-        os.fdatasync(self._fd)
-        os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
+    def flush(start, end):
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
-    def finish(self):
-        """Returns when all is safely on disk; raises OSError if it is not."""
-        if self._flushed:
-            self._flushed.result()
-        os.fsync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
-        self._helper.shutdown()
-        os.close(self._fd)
+    try:
+        with ThreadPoolExecutor(1) as helper:
+            flushed = helper.submit(flush, 0, 0)
+            for view in pieces:
+                while len(view):
+                    count = os.write(fd, view)
+                    view = view[count:]
+                    written += count
+                if written - synced >= SYNC_EVERY:
+                    flushed.result()
+                    flushed, synced = helper.submit(flush, synced, written), written
+            flushed.result()
+        flush(0, written)
+    finally:
+        os.close(fd)
+    return written
 
 
 def hash_all(pieces):
@@ -2622,18 +2459,18 @@ def save(stream, name, dir_fd, prove):
     """Streams a Stream (entered here) into a new file in the folder dir_fd, proved whole by
     prove(pieces) and the task, and flushed to disk; returns Saved. Raises BackupError or OSError:
     then the file is no export."""
-    with stream, FileWriter(name, dir_fd) as writer:
+    with stream:
         begin = time.monotonic()
         try:
             size, digest, checks = fan_out(
-                ring(stream.readinto), writer.write_all, hash_all, prove)
+                ring(stream.readinto), functools.partial(write_all, name, dir_fd), hash_all, prove,
+                abort=stream.abort)
         except (ArchiveError, ConnectionLost) as error:
             told = stream.failure()
             raise BackupError("the export is not whole: %s%s" % (
                 error, "; the host says: %s" % told if told else "")) from None
-        known = stream.verdict()
-        writer.finish()
         seconds = time.monotonic() - begin
+        known = stream.verdict()
     return Saved(size, digest, ["sha256"] + ["task"] * known + checks, known, seconds)
 
 
@@ -2648,7 +2485,7 @@ Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
 # expected: bytes. kept: {name: reasons}. doomed: names, oldest first. refusal: None, or (word of
 # the status log, error).
 Plan = collections.namedtuple(
-    "Plan", "choice ref vm disks file policy expected kept doomed notes refusal")
+    "Plan", "choice ref vm disks srs file policy expected kept doomed notes refusal")
 
 DETACH_PAUSES = (0.2, 0.5, 1, 2, 4, 8, 8, 8)  # seconds between the attempts to destroy a snapshot
 RECOVERY = 240  # seconds that cleaning up waits for a host whose toolstack restarts
@@ -2656,11 +2493,14 @@ RECOVERY_AT_STOP = 20  # the same once a stop was asked for
 TOUCH_EVERY = 60  # seconds after which a running backup touches its unfinished.partial
 ABANDONED_AFTER = 900  # seconds since the last touch after which another machine's is abandoned
 TOKEN = re.compile(r"([^,\s/]+),([^,\s/]+),([0-9]+),([0-9]+),([0-9a-f]{32})")
+NAME_REFUSED = (errno.EINVAL, errno.EPROTO)  # how file servers refuse a name with a colon
 BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
+UNKNOWN = ("CONNECTION_LOST", "TASK_TIMEOUT", "HANDLE_INVALID", "SESSION_INVALID")
 GONE_FOR_NOW = ("CONNECTION_LOST", "SESSION_INVALID", "HOST_STILL_BOOTING")
 # Refusals that only a snapshot meets: a halted VM can be exported as it is all the same.
 ONLY_SNAPSHOTS = ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "SR_OPERATION_NOT_SUPPORTED",
-                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS")
+                  "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "VM_HAS_VUSBS",
+                  "OPERATION_NOT_ALLOWED")
 
 
 class Outcome:
@@ -2692,13 +2532,15 @@ class Outcome:
         self.say("WARNING %s" % text)
 
     @contextlib.contextmanager
-    def recorded(self):
+    def recorded(self, watch):
         """Takes the time of one attempt, and keeps its error instead of letting it out."""
         begin, self.error, self.status = time.monotonic(), None, "ERROR"
         self.attempts += 1
         try:
             yield
         except (Exception, Interrupted) as error:
+            if isinstance(error, ConnectionLost) and watch.signum:  # it was the stop that broke it
+                error = Interrupted(watch.signum)
             self.error, self.final = reason_of(error), getattr(error, "final", False)
             self.locked = isinstance(error, LockedError)
             self.status = "ERROR locked" if self.locked else self.status
@@ -2744,14 +2586,17 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
     file, policy = "%s.%s" % (folder_name(choice.name), suffix), settings.policy(choice.keep)
     last = [item.size for item in backups(folders) if item.export == native(file) and item.size]
     expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
-    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"])
+    new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"],
+                 date=datetime.date.today())
     stay = kept(folders + [new], policy, new.name, vm["uuid"])
-    doomed = expired(folders + [new], policy, new.name, vm["uuid"])
+    doomed = [item.name for item in backups(folders) if item.name not in stay]
     notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
               " not needed" % name for name, why in stay.items() if why == ["another VM's"]]
+    plan = Plan(choice, choice.refs[0], vm, disks, srs or {}, file, policy, expected, stay, doomed,
+                notes, None)
     refusal = _unnamed(choice, disks) or (("ERROR", probe) if probe else None)
-    told = None if refusal else _no_snapshot(choice, vm, disks, srs or {})
-    if told and _as_it_is(choice, vm, disks, told):
+    told = None if refusal else _no_snapshot(choice, vm, disks, plan.srs)
+    if told and exports_as_it_is(plan, vm, told):
         notes.append("halted, and cannot be snapshotted (%s): exported as it is" % told.code)
     elif told:
         word = "SNAPSHOT-FAIL" if choice.kind == "vm-export" else "VDI-SNAPSHOT-FAIL"
@@ -2764,8 +2609,7 @@ def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=Non
             "not enough space in %s: %s to expect, %s free (make room there, set pre_clean=True to"
             " delete the oldest backup first, or space_check=False to try all the same)"
             % (settings.backup_dir, size_text(expected), size_text(max(free, 0)))))
-    return Plan(choice, choice.refs[0], vm, disks, file, policy, expected, stay, doomed, notes,
-                refusal)
+    return plan._replace(refusal=refusal)
 
 
 def left_out_texts(disks):
@@ -2828,12 +2672,11 @@ def _no_snapshot(choice, vm, disks, srs):
     return None
 
 
-def _as_it_is(choice, vm, disks, error):
-    """Whether a VM whose snapshot is refused so can be exported without one."""
-    blocked = "export" in vm.get("blocked_operations", {})
-    return (choice.kind == "vm-export" and vm["power_state"] == "Halted" and not blocked
-            and error.code in ONLY_SNAPSHOTS + ("OPERATION_NOT_ALLOWED",)
-            and not any(disk.left_out for disk in disks))
+def exports_as_it_is(plan, vm, error):
+    """Whether a VM whose snapshot is refused so can be exported without one: a halted one."""
+    return (plan.choice.kind == "vm-export" and vm["power_state"] == "Halted"
+            and error.code in ONLY_SNAPSHOTS and not any(disk.left_out for disk in plan.disks)
+            and "export" not in vm.get("blocked_operations", {}))
 
 
 # --- the snapshot ---
@@ -2868,6 +2711,7 @@ class Snapshot:
         self._source = plan.ref if self.of_vm else self._disk.ref
         self._name = "RESTORE_" + plan.choice.name if self.of_vm else self._disk_name(self._disk)
         self._made = None  # the ref of a snapshot that this process proved to be its own
+        self._marked = self.of_vm  # so that the next run knows it: the name alone is enough
         self.ref, self.record, self.disks = None, None, []
 
     def _disk_name(self, disk):
@@ -2881,11 +2725,17 @@ class Snapshot:
         try:
             self.ref = self._take()
             self.record = self._prove(self.ref, known)
-        except (BackupError, Interrupted) as error:
-            self._look_for_lost(known)
-            if isinstance(error, XapiError) and error.code in ONLY_SNAPSHOTS and self._stands():
-                return self._without(error)
-            raise
+        except (Exception, Interrupted) as error:
+            # Of a disk only where the outcome is not known: its snapshot bears no mark yet.
+            if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
+                self._look_for_lost(known)
+            if not isinstance(error, XapiError) or not exports_as_it_is(
+                    self._plan, self._xapi.call("VM.get_record", self._plan.ref), error):
+                raise
+            self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
+            self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as"
+                               " it is, and a start waits until that has ended" % error.code)
+            return self
         self._made = self.ref
         try:
             self._watch.check()
@@ -2917,12 +2767,13 @@ class Snapshot:
         for ref, record in self._xapi.records("VM", snapshots).items():
             if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
                 self._outcome.say("removing the leftover snapshot %s" % record["uuid"])
-                self.destroy("VM", ref, self._plan.ref, "RESTORE_" + self._plan.choice.name)
+                self.destroy("VM", ref, record, self._plan.ref,
+                             "RESTORE_" + self._plan.choice.name)
         for disk in self._plan.disks:
             for ref, record in self._xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
                 if is_ours(record, disk.ref, self._disk_name(disk)):
                     self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
-                    self.destroy("VDI", ref, disk.ref, self._disk_name(disk))
+                    self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
@@ -2953,6 +2804,7 @@ class Snapshot:
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
             call(self._kind + ".remove_from_other_config", self.ref, OUR_KEY)
         call(self._kind + ".add_to_other_config", self.ref, OUR_KEY, key_of(record))
+        self._marked = True
         if not self.of_vm:
             call("VDI.set_name_label", self.ref, self._name)
             self.disks = [self._disk]
@@ -2980,23 +2832,11 @@ class Snapshot:
                 call("VDI.destroy", disk.ref)
         self.disks = [disk for disk in self.disks if not disk.left_out]
 
-    def _stands(self):
-        """Whether the VM is still halted, and nothing of it has to be left out."""
-        vm = self._xapi.call("VM.get_record", self._plan.ref)
-        return self.of_vm and vm["power_state"] == "Halted" and not any(
-            disk.left_out for disk in self._plan.disks)
-
-    def _without(self, error):
-        self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
-        self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
-                           " is, and a start waits until that has ended" % error.code)
-        return self
-
     def _look_for_lost(self, known):
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
             found = patiently(self._watch, lambda: self._new_since(known))
-        except BackupError as error:
+        except Exception as error:
             self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
                                " for %s" % (error, "snapshot-list" if self.of_vm else "vdi-list",
                                             self._name))
@@ -3006,13 +2846,16 @@ class Snapshot:
             self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
                                " they are left alone" % (self._disk.label, uuids))
             return
-        for ref in found:
-            self._made = ref
-            self.destroy(self._kind, ref, self._source, self._name)
+        for self._made, record in found.items():
+            self.destroy(self._kind, self._made, record, self._source, self._name)
+        self._made = None
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
         those with our name; of a disk, which bears no mark yet, those that no VM has."""
+        vm = self._xapi.call("VM.get_record", self._plan.ref)
+        if not self.of_vm and vm["current_operations"]:  # it may get a VM's disks in a moment
+            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
         new = [ref for ref in self._xapi.call(self._kind + ".get_snapshots", self._source)
                if ref not in known]
         return {ref: record for ref, record in self._xapi.records(self._kind, new).items()
@@ -3021,21 +2864,21 @@ class Snapshot:
 
     def __exit__(self, *_error):
         if self._made:
-            self.destroy(self._kind, self._made, self._source, self._name)
+            self.destroy(self._kind, self._made, self.record, self._source, self._name)
         elif self.ref == self._plan.ref and self.of_vm:
             self._outcome.say("the export of the VM itself has ended: it can be started again")
 
-    def destroy(self, kind, ref, source, our_name):
+    def destroy(self, kind, ref, record, source, our_name):
         """Destroys one of our snapshots, however often it takes. A failure is a warning."""
         try:
             patiently(self._watch, lambda: self._attempt(kind, ref, source, our_name))
             self._outcome.say("snapshot destroyed")
         except Exception as error:
-            uuid = self.record["uuid"] if self.record and ref == self.ref else ref
+            command = "snapshot-uninstall" if kind == "VM" else "vdi-destroy"
             self._outcome.warn(
-                "the snapshot %s could not be destroyed, the next run tries again: %s (by hand: xe"
-                " %s uuid=%s)" % (uuid, reason_of(error),
-                                  "snapshot-uninstall" if kind == "VM" else "vdi-destroy", uuid))
+                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)" % (
+                    record["uuid"], "" if ref == self._made and not self._marked else
+                    ", the next run tries again", reason_of(error), command, record["uuid"]))
 
     def _attempt(self, kind, ref, source, our_name):
         """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
@@ -3044,6 +2887,8 @@ class Snapshot:
         if record is None:
             return
         mine = ref == self._made and record["is_a_snapshot"] and record["snapshot_of"] == source
+        if self.ref is None and not self.of_vm:  # found, not told by the host
+            mine = mine and not record["VBDs"]
         if not mine and not is_ours(record, source, our_name):
             raise Refused("it is not this program's snapshot: left alone")
         if record.get("current_operations"):
@@ -3107,7 +2952,9 @@ class Lock:
     """
 
     def __init__(self, top, name, kind="lock", shared=False):
-        self._top, self._file = top, native(".%s.%s" % (name, kind))
+        # The backup's lock of a VM called web.read must not be the readers' lock of web.
+        name_there = re.sub(r"(\.read~*)\Z", r"\1~", name)
+        self._top, self._file = top, native(".%s.%s" % (name_there, kind))
         self.supported = True
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
@@ -3170,13 +3017,44 @@ def _started(pid):
     return None
 
 
-def lives(token, own, age):
-    """Whether the run that a token names may still be at work: its process lives here, or it is on
-    another machine (or was before a reboot) and touched its file in the last minutes."""
-    host, boot, pid, start, _ = token
-    if [host, boot] == own.split(",")[:2]:
-        return _started(pid) == start
-    return age < ABANDONED_AFTER
+def writer_of(vm_fd, name, own, now):
+    """Who may still be writing an unfinished backup, in words, or "". own: this run's token.
+
+    A process of this machine lives or not; another machine's (or one of before a reboot) may do so
+    while the file, or at its very beginning the folder, was touched in the last minutes.
+    """
+    found, age = TOKEN.match(name[1:]), 0
+    with contextlib.suppress(OSError, BackupError), opened(name, vm_fd) as fd:
+        age = now - os.fstat(fd).st_mtime
+        age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
+        found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or found
+    if found is None:
+        return ""
+    host, boot, pid, start, _ = found.groups()
+    here = [host, boot] == own.split(",")[:2]
+    lives = _started(pid) == start if here else age < ABANDONED_AFTER
+    return "being written by process %s on %s" % (pid, host) if lives else ""
+
+
+def open_vm_folder(name, top):
+    """A descriptor of a VM's folder in backup_dir. Raises Refused if it is a link, or another's:
+    a file system may take a and A for the same, and list names in another Unicode form."""
+    try:
+        fd = open_folder(name, top)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise Refused("%s is a symbolic link or no folder: refused" % name) from None
+        raise
+    if nfc(name) not in map(nfc, os.listdir(top)):
+        os.close(fd)
+        raise Refused("%s belongs to a VM whose name differs only in case" % name)
+    return fd
+
+
+def refused_name(name):
+    """The error of a backup's folder whose name the file system does not take."""
+    return Refused("the file system of backup_dir refuses a folder called %s: set"
+                   " backup_dir_pattern=backup-%%Y-%%m-%%d-%%H-%%M-%%S" % name)
 
 
 class Target:
@@ -3201,7 +3079,7 @@ class Target:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
-            self._vm_fd = self._open_vm()
+            self._vm_fd = open_vm_folder(self._vm, self._top)
             self._clear()
             self.folders = scan(self._vm_fd, self._patterns, self._vm)
         except BaseException:
@@ -3209,27 +3087,13 @@ class Target:
             raise
         return self
 
-    def _open_vm(self):
-        try:
-            fd = open_folder(self._vm, self._top)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise Refused("%s is a symbolic link or no folder: refused" % self._vm) from None
-            raise
-        # A file system may take a and A for the same, or give names in another Unicode form.
-        mine = unicodedata.normalize("NFC", self._vm)
-        if mine not in [unicodedata.normalize("NFC", name) for name in os.listdir(self._top)]:
-            os.close(fd)
-            raise Refused("%s belongs to a VM whose name differs only in case" % self._vm)
-        return fd
-
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay."""
         foreign = []
         for item in scan(self._vm_fd, self._patterns, self._vm):
             begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
             if begun or (item.unfinished and item.created is not None):
-                self._clear_one(item.name, begun)
+                self._clear_one(item.name)
             elif item.created is None or not item.marker:
                 foreign.append(item.name)
         for name in foreign[:5]:
@@ -3237,15 +3101,10 @@ class Target:
         if foreign[5:]:
             self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
 
-    def _clear_one(self, name, begun):
-        token, age = begun, 0
-        with contextlib.suppress(OSError, BackupError), opened(name, self._vm_fd) as fd:
-            touched = os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
-            token = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or begun
-            age = self._lock.now() - touched
-        if token and lives(token.groups(), self._token, age):
-            self._outcome.warn("%s is being written by process %s on %s: left alone" % (
-                name, token.group(3), token.group(1)))
+    def _clear_one(self, name):
+        writer = writer_of(self._vm_fd, name, self._token, self._lock.now())
+        if writer:
+            self._outcome.warn("%s is %s: left alone" % (name, writer))
         else:
             self._outcome.say("removing the unfinished backup %s" % name)
             self._remove(name)
@@ -3260,18 +3119,19 @@ class Target:
 
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
-        folders = scan(self._vm_fd, self._patterns, self._vm)
-        doomed = expired(folders, policy, self.name, uuid, pre_clean)
         try:
+            folders = scan(self._vm_fd, self._patterns, self._vm)
+            doomed = expired(folders, policy, self.name, uuid, pre_clean)
+            if not doomed:
+                return
             with Lock(self._top, self._lock_name, "read.lock"):
                 for name in doomed:
                     self._outcome.say("deleting the oldest backup %s" % name)
                     if self._remove(name):
                         self._outcome.pruned.append(name)
-        except LockedError as error:
-            if doomed:
-                self._outcome.warn("a restore reads this VM's backups, none is deleted this time:"
-                                   " %s" % error)
+        except (OSError, LockedError) as error:
+            self._outcome.warn("old backups of this VM are not deleted this time: %s"
+                               % describe(error))
 
     def begin(self, pattern):
         """Makes the folder of the new backup: under a name that tells its run, then renamed, so
@@ -3280,27 +3140,27 @@ class Target:
         os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
         self.name, self.fd = begun, open_folder(begun, self._vm_fd)
         self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
-        moment, tried = datetime.datetime.now(), ""
+        moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
         while self.name == begun:
             name = native(moment.strftime(pattern))
-            if name != tried and name not in os.listdir(self._vm_fd):  # or it would be replaced
-                with contextlib.suppress(FileExistsError):  # two at once
-                    try:
-                        os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
-                        self.name = name
-                    except OSError as error:
-                        if error.errno not in (errno.ENOTEMPTY, errno.ENOTDIR):
-                            raise
-            tried = name
-            moment += datetime.timedelta(seconds=1)
-        self._outcome.say("new backup folder %s" % self.name)
+            try:
+                if name not in taken:  # an empty folder would be replaced
+                    os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
+                    self.name = name
+            except OSError as error:
+                if error.errno in NAME_REFUSED:
+                    raise refused_name(name) from None
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
 
     def touch(self):
         """Tells the runs of other machines that this one is at work: called once a second."""
-        if self._unfinished is not None and time.monotonic() - self._touched > TOUCH_EVERY:
+        fd = self.fd
+        if fd is not None and time.monotonic() - self._touched > TOUCH_EVERY:
             self._touched = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.utime(self._unfinished)
+            with contextlib.suppress(OSError):  # published meanwhile
+                os.utime(UNFINISHED, dir_fd=fd, follow_symlinks=False)
 
     def _create(self, name, data, dir_fd=None):
         """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
@@ -3337,9 +3197,10 @@ class Target:
         os.close(self._create("SHA256SUMS", utf8("".join(lines))))
         for fd in list(self._subfolders.values()) + [self.fd]:
             sync(fd)
-        existing = backups(scan(self._vm_fd, self._patterns, self._vm))
-        newest = existing[-1].created if existing else 0
-        created = max(int(time.time()), int(newest) + 1)  # rises even if the clock was set back
+        now = int(time.time())  # what lies far ahead of it is of a wrong clock, and no measure
+        earlier = [item.created for item in backups(scan(self._vm_fd, self._patterns, self._vm))
+                   if item.created < now + AHEAD]
+        created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
         path = os.path.join(backup_dir, self._vm, self.name)
         if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
                 UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
@@ -3370,6 +3231,7 @@ class Target:
             self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
         finally:
             descriptors = list(self._subfolders.values()) + [self._unfinished, self.fd, self._vm_fd]
+            self.fd = None
             for fd in descriptors:
                 if fd is not None:
                     os.close(fd)
@@ -3383,7 +3245,7 @@ class Target:
 INDENT_LIMIT = 16 * MIB  # bytes that are parsed: the tree takes many times as much memory
 
 
-def back_up_vm(run, xapi, choice, outcome, activity):
+def back_up_vm(run, choice, xapi, outcome, activity):
     """One VM's backup, in the order that the guarantees stand on. Raises what went wrong; what
     happened on the way is told to `outcome`."""
     settings, name, outcome.status = run.settings, folder_name(choice.name), "ERROR verify_vm_name"
@@ -3395,7 +3257,7 @@ def back_up_vm(run, xapi, choice, outcome, activity):
             outcome.warn("this file system has no locks: never run two backups into it at once")
         vm, disks, srs = look_up(xapi, choice, outcome)
         plan_for = functools.partial(plan_vm, settings, choice, vm, disks, target.folders,
-                                     probe=run.probe, srs=srs)
+                                     srs=srs)
         with run.room_for(choice.name, plan_for, activity) as plan:
             if plan.refusal:
                 outcome.status, error = plan.refusal
@@ -3406,6 +3268,8 @@ def back_up_vm(run, xapi, choice, outcome, activity):
             if settings.pre_clean:
                 target.prune(plan.policy, vm["uuid"], pre_clean=True)
             target.begin(settings.backup_dir_pattern)
+            outcome.say("new backup folder %s" % os.path.join(
+                settings.backup_dir, native(name), target.name))
             activity.doing = "snapshot"
             with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
                 for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
@@ -3465,12 +3329,12 @@ def vouch(saved, outcome):
 def metadata(xapi, plan, snapshot, folder, run, outcome):
     """Yields (file, text) of what lies beside the export: values as of the snapshot (of a
     vdi-export as of the VM), uuids of the originals."""
-    ova = None
+    own = []
     try:
-        ova = fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
-        yield "vm-metadata.xml", ova
+        yield "vm-metadata.xml", fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
     except BackupError as error:
         outcome.warn("no vm-metadata.xml: %s" % error)
+        own = [("vm_metadata", "none")]  # so that verify knows that it never was there
     vm = snapshot.record if snapshot.of_vm else plan.vm
     disks = snapshot.disks if snapshot.of_vm else plan.disks
     guests = (vm.get("guest_metrics", NULL), plan.vm.get("guest_metrics", NULL))
@@ -3478,14 +3342,13 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
     os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
     left_out = ["%s: %s" % (disk.label, disk.vdi["name_label"])
                 for disk in plan.disks if disk.left_out]
-    own = [("base_template_name", vm["other_config"].get("base_template_name", "")),
-           ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
+    own += [("base_template_name", vm["other_config"].get("base_template_name", "")),
+            ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
     own += [("disks_left_out", ", ".join(left_out))] if left_out else []
     yield "vm.cfg", cfg(dict(vm, name_label=plan.choice.name), (
         "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
         own)
     originals = {disk.vbd["userdevice"]: disk for disk in plan.disks}
-    srs = xapi.records("SR", [disk.vdi["SR"] for disk in disks])
     for disk in disks:
         original = originals.get(disk.vbd["userdevice"], disk)
         place, unpluggable = folder_name("DISK-" + disk.label), original.vbd.get("unpluggable", "")
@@ -3495,7 +3358,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
         yield place + "/vdi.cfg", cfg(disk.vdi, (
             "name_label", "name_description", "virtual_size", "type", "sharable", "read_only"), [
             ("orig_uuid", original.vdi["uuid"]),
-            ("orig_sr_uuid", srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
+            ("orig_sr_uuid", plan.srs.get(disk.vdi["SR"], {}).get("uuid", ""))])
     vifs = sorted(xapi.records("VIF", vm["VIFs"]).values(), key=lambda vif: vif["device"].zfill(4))
     uuids = {vif["device"]: vif["uuid"] for vif in xapi.records("VIF", plan.vm["VIFs"]).values()}
     networks = xapi.records("network", [vif["network"] for vif in vifs])
@@ -3506,7 +3369,7 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
             record, ("device", "network_name_label", "MTU", "MAC", "other_config"),
             [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
     exported = disks if snapshot.of_vm else [first_disk(plan.disks)]
-    sr = srs.get(exported[0].vdi["SR"], {}) if exported else {}
+    sr = plan.srs.get(exported[0].vdi["SR"], {}) if exported else {}
     yield "RESTORE.txt", restore_note(types.SimpleNamespace(
         name=plan.choice.name, folder=folder, file=plan.file, kind=plan.choice.kind,
         compress=run.settings.compress, backup_dir=run.settings.backup_dir,
@@ -3556,9 +3419,9 @@ NOTE = """\
 This folder holds a backup of {what} {name} (uuid {uuid}),
 taken by vmbackup from the pool {pool} at the host {host}.
 
-  export    {file}
+  export    {export}
   memory    {memory}, {vcpus}
-{disks}{networks}  storage   {sr_name} (uuid {sr_uuid})
+{disks}{networks}  storage   {sr_name} (uuid {sr})
 
 If the host is gone, first:
   1. Install a host of the same version or a newer one: an older XAPI refuses an export.
@@ -3567,35 +3430,36 @@ If the host is gone, first:
   3. Make sure that the backup is whole, in this folder:
        sha256sum -c SHA256SUMS
 {caution}
-Then one of these. Paths are those of the day of the backup; HOST is the pool's master.
-The storage repository can be another one; without it the pool's default is taken.
+Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
+storage repository may be another one.
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
-       vmbackup.py restore - {folder} host={address} sr={sr_uuid_quoted}
+       vmbackup.py restore - {folder} host={address} sr={sr}
 
 2. With xe, in a dom0 that sees this folder:
        cd {folder}
 {xe}
-3. With curl, from any machine. CA is a PEM file with the host's certificate, which is in dom0 in
-   /etc/xensource/xapi-ssl.pem; curl asks for root's password. It prints an error page where the
-   import failed, and nothing where it did not:
+3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
+   the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
        cd {folder}
 {curl}
 Without any host, the disks as images:
 {images}"""
 WHOLE = ("""\
-  4. Never start the restored VM while the original runs in one network with it: that makes two
-     machines of one name and address. MAC addresses are new unless asked for (preserve=true).
+  4. Never start the restored VM while the original runs: two machines of one name and address.
+     MAC addresses are new unless asked for (preserve=true).
 """, """\
        xe vm-import filename={file} sr-uuid={sr}
+     So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
+       xe vm-param-set uuid=UUID name-label={vm}
 """, """\
        curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
 """, """\
        vmbackup.py extract {folder} to=.
 """)
 ONE_DISK = ("""\
-  4. This is one disk of the VM, not the VM: it goes into a new disk, which is then attached to a
-     VM that you make first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
+     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
 """, """\
        xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
      With the uuid that it prints in place of VDI, and that of the VM in place of VM:
@@ -3609,44 +3473,33 @@ ONE_DISK = ("""\
 """)
 
 
-def quoted(text):
-    """A word for a shell."""
-    return text if re.match(r"[\w./=-]+\Z", text, re.ASCII) else "'%s'" % text.replace("'", "'\\''")
-
-
 def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure.
-
-    facts: a namespace of name, folder, file, kind, backup_dir, sr_name, sr_uuid, pool, host (the
-    Endpoint's text), memory (bytes), vcpus, uuid, disks [(label, name, bytes, uuid)], networks
-    [(device, network's name, MAC)].
-    """
-    whole_vm = facts.kind == "vm-export"
-    caution, xe, curl, images = WHOLE if whole_vm else ONE_DISK
+    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
+    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
     folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
     form = facts.file.rpartition(".")[2]
-    disks = ["  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-        label, size_text(size), size, printable(name), uuid)
-        for label, name, size, uuid in facts.disks]
-    networks = ["  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                for device, name, mac in facts.networks]
     address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
     words = {
-        "file": quoted(facts.file), "sr": quoted(facts.sr_uuid), "folder": quoted(from_argv(folder)),
-        "url": "https://" + address, "form": form, "qemu": {"vhd": "vpc"}.get(form, "raw"),
-        "label": quoted(facts.name + "-restored"),
-        "size": sum(size for _label, _name, size, _uuid in facts.disks)}
+        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
+        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
+        "label": shlex.quote(facts.name + "-restored"), "form": form,
+        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
     return NOTE.format(
-        what="the VM" if whole_vm else "the first disk of the VM", name=printable(facts.name),
-        uuid=facts.uuid, pool=printable(facts.pool), host=facts.host, file=facts.file,
-        memory=size_text(int(facts.memory or 0)), vcpus=plural(int(facts.vcpus or 0), "CPU"),
-        disks="".join(disks), networks="".join(networks), sr_name=printable(facts.sr_name),
-        sr_uuid=facts.sr_uuid, sr_uuid_quoted=words["sr"], folder=words["folder"], address=address,
-        caution=caution, xe=xe.format(**words), curl=curl.format(**words),
-        images=images.format(**words))
+        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
+        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
+        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
+        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
+        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
+        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+            label, size_text(size), size, printable(name), uuid)
+            for label, name, size, uuid in facts.disks),
+        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== choice and preview ==============================
+
+PROBE = ".vmbackup-probe-"  # in backup_dir, and a process number behind it
 
 
 def candidates(xapi, log):
@@ -3721,85 +3574,100 @@ def meeting_names(backup_dir, names):
 
 
 def _one_folder(backup_dir, first, second):
-    with probing(backup_dir, first) as folder:
+    with contextlib.suppress(OSError), probing(backup_dir, first) as folder:
         return os.path.lexists(os.path.join(folder, native(second)))
+    return False
 
 
 @contextlib.contextmanager
 def probing(backup_dir, name):
-    """The path of a folder in backup_dir in which, while this lasts, there is one of this name. All
-    is gone afterwards; what a killed run left of it, the next one clears away."""
-    folder = os.path.join(backup_dir, ".vmbackup-probe")
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
+    """The path of a folder of its own in backup_dir in which, while this lasts, there is one of
+    this name. What a killed process left of its own goes, too."""
+    for left in os.listdir(backup_dir):
+        if left.startswith(PROBE) and not os.path.exists("/proc/" + left[len(PROBE) :]):
+            remove_probe(os.path.join(backup_dir, left))
+    folder = os.path.join(backup_dir, "%s%d" % (PROBE, os.getpid()))
+    os.mkdir(folder, 0o700)
     try:
-        for left in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.join(folder, left))
         os.mkdir(os.path.join(folder, native(name)), 0o700)
-        try:
-            yield folder
-        finally:
-            os.rmdir(os.path.join(folder, native(name)))
+        yield folder
     finally:
+        remove_probe(folder)
+
+
+def remove_probe(folder):
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.rmdir(os.path.join(folder, name))
         os.rmdir(folder)
 
 
-def check_backup_dir(settings):
-    """Raises ConfigError unless files can be made in backup_dir. Returns the error, or None, with
-    which its file system refuses the folder names of backup_dir_pattern."""
+def check_writable(path):
+    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
+    import tempfile
+
+    try:
+        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
+            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+
+
+def check_pattern(settings):
+    """The error with which backup_dir's file system refuses the name of a new folder, or None."""
     name = datetime.datetime.now().strftime(settings.backup_dir_pattern)
     try:
         with probing(settings.backup_dir, name):
             return None
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EPROTO):
-            return Refused("%s refuses a folder called %s: set backup_dir_pattern="
-                           "backup-%%Y-%%m-%%d-%%H-%%M-%%S" % (settings.backup_dir, name))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
-        return None  # no space, or another run's probe: that is for each VM to say
+        return refused_name(name) if error.errno in NAME_REFUSED else None
 
 
 def preview_vms(run, xapi, vms, selection):
     """Logs what a run would do with each VM: a table, then in full what matters. The number of
     calls does not depend on the pool. Returns the exit status."""
-    settings, log, texts, total, bad = run.settings, run.log, [], 0, 0
+    settings, log = run.settings, run.log
     pool = types.SimpleNamespace(
         vms=vms, vdis=xapi.all("VDI"), srs=xapi.all("SR"), free=run.free_bytes(),
         plugged={pbd["SR"] for pbd in xapi.all("PBD").values() if pbd["currently_attached"]},
-        vbds=collections.defaultdict(list))
+        vbds=collections.defaultdict(list), probe=check_pattern(settings))
     for vbd in xapi.all("VBD").values():
         pool.vbds[vbd["VM"]].append(vbd)
-    rows = [("VM", "kind", "disks", "to expect", "there/kept", "would go")]
-    for choice in selection.choices:
-        before = len(settings.warnings)
+    rows, told, warned, failed, total = [], [], [], {}, 0
+    for choice in sorted(selection.choices, key=lambda choice: choice.name.lower()):
         try:
             check_name(choice, run.meeting)
-            cells, expected, told, error = _preview_vm(run, choice, pool)
+            cells, expected, texts, warn, error = _preview_vm(run, choice, pool)
         except (OSError, BackupError) as problem:
-            cells, expected, told, error = ("", "", "", ""), 0, [], problem
-        texts += ["%s: %s" % (choice.name, text) for text in told] + settings.warnings[before:]
-        if error:
-            bad += 1
-            texts.append("***ERROR - %s: %s" % (choice.name, describe(error)))
-            cells = cells[:3] + ("ERROR: %s" % describe(error),)
+            cells, expected, texts, warn, error = [], 0, [], [], problem
         total += expected
-        rows.append((choice.name, choice.kind) + cells)
-    for line in table(rows, right=(2, 3, 4)) + texts if selection.choices else []:
+        told += ["%s: %s" % (choice.name, text) for text in texts]
+        warned += ["***WARNING - %s: %s" % (choice.name, text) for text in warn]
+        if error:
+            failed[choice.name] = "***ERROR - %s: %s" % (choice.name, describe(error))
+            cells = ["ERROR: %s" % describe(error)]
+        rows.append([choice.name, choice.kind] + cells)
+    rows.sort(key=len)  # those that fail first
+    rows.insert(0, ["VM", "kind", "disks", "to expect", "there/kept", "would go"])
+    settings.warnings += warned
+    for line in (table(rows, right=(2, 3, 4)) if rows[1:] else []) + told + warned:
         log(line)
-    room = "" if pool.free is None else ", %s free" % size_text(pool.free)
-    if room and total > pool.free:
+    for text in failed.values():
+        log(text)
+    free = run.free_bytes(checked=False)
+    room = "" if free is None else ", %s free" % size_text(free)
+    if room and total > free:
         room += ": the last ones may not fit"
     log("together about %s to expect%s" % (size_text(total), room))
     mail = "none" if not settings.mail_to or settings.mail_when == "never" else (
         "to %s (%s)" % (", ".join(settings.mail_to), settings.mail_when))
-    log("pool %s, host %s, parallel=%d, mail: %s, report_json: %s, metrics_file: %s" % (
-        run.pool, run.host, settings.parallel, mail, settings.report_json or "none",
-        settings.metrics_file or "none"))
+    reports = [path for path in (settings.report_json, settings.metrics_file) if path]
+    log("pool %s, host %s, parallel=%d, mail: %s, reports: %s" % (
+        run.pool, run.host, settings.parallel, mail, ", ".join(reports) or "none"))
     run.watch.check()
-    if bad:
-        log("ERROR preview parameters: %s could not be backed up (see above)" % plural(bad, "VM"))
+    if failed:
+        log("ERROR preview parameters: %s could not be backed up: %s" % (
+            plural(len(failed), "VM"), ", ".join(failed)))
         return 2
     found = " - WARNINGS found (see above)" if settings.warnings else ""
     log("SUCCESS preview parameters" + found)
@@ -3807,37 +3675,38 @@ def preview_vms(run, xapi, vms, selection):
 
 
 def _preview_vm(run, choice, pool):
-    """(cells of the table, bytes to expect, lines, why the run would fail or None) of one VM. Adds
-    to settings.warnings."""
+    """(cells of the table, bytes to expect, lines, warnings, why the run would fail or None)."""
     settings, name, ref = run.settings, native(folder_name(choice.name)), choice.refs[0]
     disks, folders, warn = list_disks(pool.vbds[ref], pool.vdis), [], []
     with opened(settings.backup_dir) as top, contextlib.ExitStack() as stack:
-        vm_fd = None
-        if name in os.listdir(top):
-            try:
-                vm_fd = stack.enter_context(opened(name, top))
-            except OSError:
-                raise Refused("%s is a symbolic link or no folder: refused" % name) from None
+        with contextlib.suppress(FileNotFoundError):
+            vm_fd = open_vm_folder(name, top)
+            stack.callback(os.close, vm_fd)
             folders = scan(vm_fd, run.patterns, name)
-        plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, run.probe,
+        plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, pool.probe,
                        pool.srs)
-        told = left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
-        told += ["would remove the unfinished backup %s" % item.name for item in folders
-                 if item.created is not None and item.unfinished]
-        for old in plan.doomed:
-            told.append("would delete %s (no rule keeps it: %s)" % (old, rules_text(plan.policy)))
-            with opened(old, vm_fd) as fd:
-                foreign = foreign_entry(fd, name)
-            if foreign:
-                warn.append("%s cannot be deleted: it holds %s, which is not ours" % (old, foreign))
-    isos = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref] if vbd["type"] == "CD"]
-    warn += ["the ISO %s in its drive is on a storage repository that is not attached, so the"
-             " export will fail: xe vm-cd-eject" % iso["name_label"]
-             for iso in isos if iso and iso["SR"] not in pool.plugged]
-    settings.warnings += ["***WARNING - %s: %s" % (choice.name, text) for text in warn]
-    there = "%d/%d" % (len(backups(folders)), plan.policy.last)
-    cells = (str(len(disks)), size_text(plan.expected), there, ", ".join(plan.doomed) or "-")
-    return cells, plan.expected, told, plan.refusal and plan.refusal[1]
+        begun = [item.name for item in folders if item.created is not None and item.unfinished]
+        for old in plan.doomed + begun:
+            try:
+                with opened(old, vm_fd) as fd:
+                    why = judge(fd, name)[1]
+            except OSError as error:
+                why = describe(error)
+            why = why or old in begun and writer_of(vm_fd, old, new_token(), time.time())
+            warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
+    told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), rules_text(plan.policy))
+            ] if plan.doomed else []
+    told += ["would remove the unfinished backup %s" % old for old in begun]
+    told += left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
+    used = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref]]
+    away = [XapiError(["NO_HOSTS_AVAILABLE", vdi["name_label"]]) for vdi in used
+            if vdi and vdi["SR"] not in pool.plugged and choice.kind == "vm-export"]
+    gone = [re.sub("^backup-", "", old) for old in plan.doomed]
+    cells = [str(sum(not disk.left_out for disk in disks)), size_text(plan.expected),
+             "%d/%d" % (len(backups(folders)), len(plan.kept)),
+             plural(len(gone), "backup") if gone[1:] else "".join(gone) or "-"]
+    refused = plan.refusal[1:] if plan.refusal else tuple(away)
+    return cells, plan.expected, told, warn, refused[0] if refused else None
 
 
 def rules_text(policy):
@@ -3848,6 +3717,40 @@ def rules_text(policy):
 # ============================== the run ==============================
 
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
+RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
+
+
+def free_bytes(path):
+    """Bytes that are free in a file system; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+    return None
+
+
+def run_table(run):
+    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
+    order, rows = list(RESULTS), [["VM", "result", "size", "time", "rate", "note"]]
+    items = [("pool database", run.pool_database)] if run.pool_database else []
+    items += [(item.name, item) for item in run.outcomes]
+    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
+    for name, item in items:
+        if item.error:  # nothing is as important as the reason: it takes the other columns, too
+            rows.append([name, RESULTS[item.result], item.error])
+            continue
+        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
+        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        rows.append([name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
+                     time_text(item.seconds) if item.seconds else "",
+                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
+                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))])
+    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
+    notes = ["%s left" % size_text(free)] if free is not None else []
+    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
+    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
+    rows.append(["total", "", size_text(size), time_text(seconds),
+                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)])
+    return table(rows, right=(2, 3, 4))
 
 
 class Run:
@@ -3865,7 +3768,7 @@ class Run:
         self.exit_status, self.error, self.begun = 3, None, False
         self.outcomes, self.pool_database = [], None
         self.not_in_backup = self.pool_vms = None
-        self.probe, self.meeting = None, {}  # see check_backup_dir, meeting_names
+        self.meeting = {}  # see meeting_names
         self._targets, self._reserved, self._planning = set(), {}, threading.Lock()
 
     def execute(self, hosts, credentials, preview):
@@ -3900,7 +3803,7 @@ class Run:
     def _prepare(self, selection):
         """What run and preview look at alike before the first VM."""
         tell_choice(self.settings, selection, self.log)
-        self.probe = check_backup_dir(self.settings)
+        check_writable(self.settings.backup_dir)
         names = [choice.name for choice in selection.choices]
         self.meeting = meeting_names(self.settings.backup_dir, names)
 
@@ -3932,17 +3835,20 @@ class Run:
     def _work(self, idle, choices):
         """Does the jobs, each with one of the idle Xapis; those that failed and may end otherwise
         again when all are done, `retries` times."""
-        jobs: Any = [(self._back_up_pool_db, None)] if self.settings.pool_db_backup else []
+        jobs: Any = []
+        if self.settings.pool_db_backup:
+            name = "METADATA_" + short_host_name()
+            self.pool_database = Outcome("pool-db", name, self.log)
+            jobs.append((self.pool_database, "pool database", self._dump))
         for number, choice in enumerate(choices, 1):
-            label = "[%d/%d] %s" % (number, len(choices), choice.name)
-            outcome = Outcome(choice.kind, choice.name, self.log)
-            jobs.append((functools.partial(self._back_up_one, label, choice), outcome))
+            jobs.append((Outcome(choice.kind, choice.name, self.log),
+                         "[%d/%d] %s" % (number, len(choices), choice.name),
+                         functools.partial(back_up_vm, self, choice)))
 
         def do(job, tries_left):
-            work, outcome = job
             xapi = idle.pop()
             try:
-                return work(xapi, outcome, tries_left)
+                return self._try(xapi, tries_left, *job)
             finally:
                 idle.append(xapi)
 
@@ -3955,53 +3861,45 @@ class Run:
             for xapi in idle:
                 xapi.close()
 
-    def _back_up_one(self, label, choice, xapi, outcome, tries_left):
-        """One VM's turn: tells at once what came of it. True if it is to be tried again."""
-        if self.watch.signum and not outcome.attempts:
-            outcome.skipped = True
-            self.outcomes.append(outcome)
-            return False
-        earlier = outcome.error
-        if not earlier:
-            self.status(choice.kind, "begin", choice.name)
-        with outcome.recorded(), self.watch.activity(label) as activity:
-            back_up_vm(self, xapi, choice, outcome, activity)
+    def _try(self, xapi, tries_left, outcome, label, work):
+        """One attempt at a VM, or at the pool database. Tells at once what came of it; True if it
+        is to be tried again."""
+        earlier, stopped = outcome.error, self.watch.signum
+        if not earlier and not stopped and outcome is not self.pool_database:
+            self.status(outcome.kind, "begin", outcome.name)
+        if not stopped:  # else nothing is begun, nor begun again
+            with outcome.recorded(self.watch), self.watch.activity(label) as activity:
+                work(xapi, outcome, activity)
+        outcome.skipped = not outcome.attempts
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
             return True
         if earlier and not outcome.error:
             outcome.warn("saved by try %d; before: %s" % (outcome.attempts, earlier))
-        text = "%s %s" % (outcome.status, outcome.name)
-        if not outcome.error:
-            text = "%s %s,elapse:%d size:%dG" % (
-                outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
-        self.status(choice.kind, "end", text)
-        text = "***ERROR*** %s" % outcome.error
+        if outcome is not self.pool_database:
+            self.outcomes.append(outcome)
+        if not outcome.skipped:
+            self._tell(outcome)
+        return False
+
+    def _tell(self, outcome):
+        """What came of a VM or the pool database: a line in the log, for a VM in the status log."""
+        if outcome is self.pool_database:
+            if outcome.error:
+                self.log("***ERROR - pool database backup failed: %s" % outcome.error)
+            return
+        text, told = "***ERROR*** %s" % outcome.error, "%s %s" % (outcome.status, outcome.name)
         if not outcome.error:
             word = "WARNING" if outcome.warnings else "Success"
             text = "***%s*** t:%d" % (word, outcome.seconds // 60)
-        self.outcomes.append(outcome)
+            told = "%s %s,elapse:%d size:%dG" % (
+                outcome.result, outcome.name, outcome.seconds // 60, outcome.bytes // (1 << 30))
+        self.status(outcome.kind, "end", told)
         self.log("VmBackup %s %s - %s" % (outcome.kind, outcome.name, text))
-        return False
-
-    def _back_up_pool_db(self, xapi, outcome, tries_left):
-        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
-        max_backups newest. True if it is to be tried again."""
-        outcome = self.pool_database = self.pool_database or Outcome(
-            "pool-db", "METADATA_" + short_host_name(), self.log)
-        if self.watch.signum and not outcome.attempts:
-            outcome.skipped = True
-            return False
-        with outcome.recorded(), self.watch.activity("pool database") as activity:
-            self._dump(xapi, outcome, activity)
-        if outcome.error:
-            again = tries_left and not outcome.final and not self.watch.signum
-            self.log("***ERROR - pool database backup failed%s: %s" % (
-                ", to be tried again" if again else "", outcome.error))
-            return again
-        return False
 
     def _dump(self, xapi, outcome, activity):
+        """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
+        max_backups newest."""
         backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
         with opened(backup_dir) as top, Lock(top, own), contextlib.ExitStack() as stack:
             with contextlib.suppress(FileExistsError):
@@ -4017,10 +3915,9 @@ class Run:
                 name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
                 moment += datetime.timedelta(seconds=1)
             tables = ()
-            with contextlib.suppress(IndexError, BackupError, OSError):  # the last may be damaged
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                with open(os.open(dumps[-1], flags, dir_fd=fd), "rb", buffering=0) as file:
-                    tables = dump_tables(ring(file.readinto))
+            with contextlib.suppress(IndexError, BackupError, OSError), open(
+                    open_file(dumps[-1], fd), "rb", buffering=0) as file:
+                tables = dump_tables(ring(file.readinto))  # the last may be damaged
             stream = Stream(xapi, "/pool/xmldbdump", {}, activity, xapi.master())
             try:
                 saved = save(stream, name + ".partial", fd,
@@ -4034,8 +3931,11 @@ class Run:
             vouch(saved, outcome)
             self.log("pool database saved: %s, %s" % (name, size_text(saved.size)))
             for old in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
-                os.unlink(old, dir_fd=fd)
-                outcome.pruned.append(old)
+                try:
+                    os.unlink(old, dir_fd=fd)
+                    outcome.pruned.append(old)
+                except OSError as error:
+                    outcome.warn("%s could not be removed: %s" % (old, describe(error)))
 
     # --- what the VMs share ---
 
@@ -4070,11 +3970,11 @@ class Run:
             with self._planning:
                 del self._reserved[name]
 
-    def free_bytes(self):
-        """Bytes free in backup_dir; None where that is not to be checked or the file server tells
-        no size."""
-        usage = shutil.disk_usage(self.settings.backup_dir)
-        return usage.free if self.settings.space_check and usage.total else None
+    def free_bytes(self, checked=True):
+        """Bytes that backups may take; None where that is not to be checked, or nothing tells."""
+        if checked and not self.settings.space_check:
+            return None
+        return free_bytes(self.settings.backup_dir)
 
     def _space(self):
         path = self.settings.backup_dir
@@ -4083,7 +3983,7 @@ class Run:
         except OSError as error:
             return describe(error)
         if not usage.total:
-            return "%s of unknown size: not checked whether backups will fit" % path
+            return "NOTE - %s tells no size: whether backups will fit is not checked" % path
         return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
     def counts(self):
@@ -4108,117 +4008,106 @@ class Run:
 # Makes a VM (of an XVA) or a disk (of raw and vhd) on the pool, and changes nothing that was there.
 # What a restore made and did not finish, clear_away destroys: the one place here that does.
 
-HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all before is proved
-LONGEST_CHUNK = 65 * MIB  # of an XVA, with its headers: so far back may the last one begin
+HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all is proved
+LONGEST_CHUNK = 66 * MIB  # of an XVA, with headers and end: the same where the last one is longer
 HOST_ENDS = 120  # seconds that the task of a restore which was killed may still take to end
 UNUSED_ENDS = 5  # the same where nothing bears it: it may be that nothing was sent
+OWN_WORD = re.compile(r"preview\Z|(backup|sr|as)=.|preserve=(true|false)\Z", re.IGNORECASE)
 NOTE_FILE = re.compile(r"\.restore-[0-9a-f-]{36}\.json\Z")
 ELSEWHERE = "/var/tmp"  # for the notes, where backup_dir cannot be written  # noqa: S108
-RESTORE_WORDS = ("a VM's name behind a config file, preview, backup=FOLDER, sr=SR, as=NAME,"
-                 " preserve=True or False, and settings")
-
-
-class _Enough(Exception):
-    """Ends a proof, or an upload, before its end."""
 
 
 def restore_command(words, log, watch):
     """`restore`: a backup's way back to a pool. Returns the exit status. Raises ConfigError for
     what is refused before anything was sent, another BackupError for what failed."""
-    wish, begin = parse_restore(words), time.monotonic()
-    settings = wish.settings
+    wish = parse_restore(words)
+    settings = wish["settings"]
     hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
     watch.rate = settings.rate_limit * 10**6
     xapi = Xapi(hosts, watch.pure(credentials, settings, words[0]), log, watch)
-
-    def work():
-        with contextlib.ExitStack() as stack:
-            source = find_source(wish, log, stack)
-            xapi.connect()
-            watch.check()
-            pool = next(iter(xapi.all("pool").values()))
-            elsewhere = stack.enter_context(opened(ELSEWHERE))
-            for place in [] if wish.preview else {source.top, elsewhere} - {None}:
-                sweep(xapi, watch, place, pool["uuid"], log)
-            plan = plan_restore(wish, source, xapi, pool, log)
-            if not wish.preview:
-                activity = stack.enter_context(watch.activity("restore of " + source.label))
-                uuid = Restore(xapi, watch, source, plan, activity, log).run()
-                log("restored: %s uuid=%s t:%d" % (
-                    plan.name, uuid, (time.monotonic() - begin) // 60))
-        return 0
-
     if not settings.tls_verify:
         log("***WARNING - tls_verify=False: the host's certificate is not checked")
     try:
         with watch.attend(log.progress):
-            return watch.do(work)
+            return watch.do(restore, wish, xapi, log)
     finally:
         watch.do(xapi.close)
 
 
 def parse_restore(words):
-    """What the command line asks for. Raises ConfigError."""
-    path = os.path.realpath(native(words[1]))
-    wish = types.SimpleNamespace(path=path, vm=None, preview=False, backup=None, sr=None, name=None,
-                                 preserve=False)
-    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
+    """What the command line asks for, a dictionary. Raises ConfigError."""
+    path, pairs = os.path.realpath(native(words[1])), []
     if not os.path.exists(path):
         raise ConfigError("ERROR - there is no config file, folder or export %s" % words[1])
-    pairs = []
+    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
+    wish = {"path": path, "vm": None, "preview": False, "backup": None, "sr": None, "as": None,
+            "preserve": "False"}
     for word in words[2:]:
         key, separator, value = word.partition("=")
         key = key.lower()
-        if word.lower() == "preview":
-            wish.preview = True
-        elif key in ("backup", "sr", "as") and value:
-            setattr(wish, {"as": "name"}.get(key, key), value)
-        elif key == "preserve" and value.lower() in ("true", "false"):
-            wish.preserve = value.lower() == "true"
+        if OWN_WORD.match(word):
+            wish[key] = value or True
         elif separator and key in KNOWN:
             pairs.append((key, value, "command line"))
-        elif not separator and wish.vm is None and is_config:
-            wish.vm = word
+        elif is_config and not separator and not wish["vm"]:
+            wish["vm"] = word
         else:
-            raise ConfigError("ERROR - invalid parameter %s: allowed are %s" % (
-                word, RESTORE_WORDS))
-    if bool(wish.vm) != is_config or wish.backup and not is_config:
-        raise ConfigError("ERROR - missing is the name of the VM" if is_config else
+            names = ["preview", "backup=", "sr=", "as=", "preserve=True"] + list(KNOWN)
+            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
+    if is_config and not wish["vm"] or wish["backup"] and not is_config:
+        raise ConfigError("ERROR - the VM's name is missing" if is_config else
                           "ERROR - backup= goes with a config file and a VM's name")
-    wish.settings = make_settings(load_config(path) if is_config else [], pairs)
+    wish["settings"] = make_settings(load_config(path) if is_config else [], pairs)
     return wish
+
+
+def restore(wish, xapi, log):
+    """The same in a worker."""
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        source = find_source(wish, log, stack)
+        xapi.connect()
+        pool = next(iter(xapi.all("pool").values()))
+        source.places.append(stack.enter_context(opened(ELSEWHERE)))
+        for place in [] if wish["preview"] else source.places:
+            sweep(xapi, place, pool["uuid"], log)
+        plan = plan_restore(wish, source, xapi, pool, log)
+        xapi.watch.check()
+        if not wish["preview"]:
+            with xapi.watch.activity("restore of " + source.label) as activity:
+                uuid = carry_out(xapi, source, plan, activity, log)
+            log("restored: %s uuid=%s t:%d" % (plan.name, uuid, (time.monotonic() - begin) // 60))
+    return 0
 
 
 # --- what is on disk ---
 
 
 def find_source(wish, log, stack):
-    """What is restored, a namespace: fd and size of the export, top (descriptor of backup_dir, None
-    for a lone file), file, label (of folder or file), date, digest (the SHA-256 it has to have, or
-    None), disk_size and sr_uuid (of a raw disk or VHD, as recorded), name and uuid of its VM. Lock
-    and descriptors last as long as `stack`. Raises ConfigError, ArchiveError."""
-    patterns, name, path = [wish.settings.backup_dir_pattern, DEFAULT_PATTERN], wish.backup, None
-    top, vm = wish.settings.backup_dir, native(folder_name(wish.vm or ""))
-    if not wish.vm:
-        path, file = (wish.path, None) if os.path.isdir(wish.path) else os.path.split(wish.path)
-        above, name = os.path.split(path)
-        top, vm = os.path.split(above)
+    """What is restored: see read_source. It stays locked and open as long as `stack`. Raises
+    ConfigError, ArchiveError."""
+    settings, path, file, name = wish["settings"], wish["path"], None, wish["backup"]
+    top, vm, patterns = settings.backup_dir, native(folder_name(wish["vm"] or "")), None
     try:
+        if wish["vm"]:
+            patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
+        else:
+            path, file = (path, None) if os.path.isdir(path) else os.path.split(path)
+            above, name = os.path.split(path)
+            top, vm = os.path.split(above)
+        if file and not set(MARKERS).intersection(os.listdir(path)):
+            lone = Folder(None, os.stat(wish["path"]).st_mtime, export=file)
+            return read_source(stack.enter_context(opened(path)), lone, [], stack)
         top_fd = stack.enter_context(opened(top))
-        if not path or not file or set(MARKERS).intersection(os.listdir(path)):
-            try:
-                stack.enter_context(Lock(top_fd, from_argv(vm), "read.lock", shared=True))
-            except OSError as error:
-                log("***WARNING - not locked against a deletion: %s" % describe(error))
-            vm_fd = stack.enter_context(opened(vm, top_fd))
-            found = [item for item in backups(scan(vm_fd, patterns)) if name in (None, item.name)]
-            for item in found[-1:]:
+        try:
+            stack.enter_context(Lock(top_fd, from_argv(vm), "read.lock", shared=True))
+        except OSError as error:
+            log("***WARNING - not locked against a deletion: %s" % describe(error))
+        vm_fd = stack.enter_context(opened(vm, top_fd))
+        for item in reversed(backups(scan(vm_fd, patterns))):
+            if name in (None, item.name):
                 fd = stack.enter_context(opened(item.name, vm_fd))
-                return read_source(fd, top_fd, item, stack)
-        elif os.path.isdir(path):
-            fd = stack.enter_context(opened(path))
-            moment = os.stat(file, dir_fd=fd).st_mtime
-            return read_source(fd, None, Folder(None, moment, export=file), stack)
+                return read_source(fd, item, [top_fd], stack)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -4227,331 +4116,254 @@ def find_source(wish, log, stack):
         "such " if name else "", os.path.join(top, vm)))
 
 
-def read_source(fd, top, item, stack):
-    """The same of a Folder whose descriptor is fd; its name is None for a lone file."""
+def read_source(fd, item, places, stack):
+    """A namespace of the export in a Folder whose descriptor is fd (a lone one's name is None):
+    file (open), file_name, size, form (raw, vhd or None: an XVA), digest (the SHA-256 it has to
+    have, or None), disk_size and sr_uuid (of a single disk, as recorded), name and uuid of its VM,
+    kind (of object that it becomes), label, date, places (descriptors of folders for the note)."""
     export, sums, vm, vdi = item.export, {}, {}, {}
     if item.name:
         export, sums, _ = look_into(fd)
         if sums and export not in sums:
             raise ArchiveError("SHA256SUMS does not list %s" % export)
-        for label in ("xvda", "hda", "sda", "0"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                with opened("DISK-" + label, fd) as disk:
-                    vdi = vdi or read_cfg("vdi.cfg", disk)
         with contextlib.suppress(FileNotFoundError):
             vm = read_cfg("vm.cfg", fd)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = os.open(export, flags, dir_fd=fd)
-    stack.callback(os.close, file)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise ConfigError("ERROR - %s is no regular file" % export)
+    stem, form = EXPORT.match(export).groups()
+    form = form if form in ("raw", "vhd") else None
+    for path in FIRST_DISKS if form else []:
+        with contextlib.suppress(FileNotFoundError), opened(os.path.dirname(path), fd) as disk:
+            vdi = vdi or read_cfg("vdi.cfg", disk)
+    file = stack.enter_context(io.FileIO(open_file(export, fd)))
     size = vdi.get("virtual_size", "")
     return types.SimpleNamespace(
-        fd=file, size=os.fstat(file).st_size, top=top, file=export, label=item.name or export,
-        date=datetime.datetime.fromtimestamp(item.created), digest=sums.get(export),
+        file=file, file_name=export, size=os.fstat(file.fileno()).st_size, digest=sums.get(export),
+        form=form, kind="VDI" if form else "VM", places=places, label=item.name or export,
         disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
-        name=vm.get("name_label") or vm_name(EXPORT.match(export).group(1)),
-        uuid=vm.get("orig_uuid", ""))
-
-
-def pieces_of(source):
-    """The pieces of the export, from its start."""
-    os.lseek(source.fd, 0, os.SEEK_SET)
-    return ring(lambda view: os.readv(source.fd, [view]))
+        date=datetime.datetime.fromtimestamp(item.created), uuid=vm.get("orig_uuid", ""),
+        name=vm.get("name_label") or vm_name(stem))
 
 
 def read_ova(source):
     """(version, {class: {id: record}}, {id: OvaDisk}) of an XVA's ova.xml. Raises ArchiveError."""
-    def sink(_ref, _offset, data):
-        raise _Enough(bytes(data))
-
-    try:
-        prover(source.file, sink=sink)(pieces_of(source))
-    except _Enough as enough:
-        data = enough.args[0]
-        value: Any = xmlrpc.client.loads(b"<params><param>%s</param></params>" % data)[0][0]
-        found = collections.defaultdict(dict)
-        for item in value["objects"]:
-            found[item["class"]][item["id"]] = item["snapshot"]
-        if len(found["VM"]) == 1:
-            return value["version"], found, expected_disks(data)
-    raise ArchiveError("the archive does not hold just one VM")
+    unpack = {".gz": gunzip, ".zst": unzstd}.get(os.path.splitext(source.file_name)[1], iter)
+    with contextlib.closing(unpack(ring(source.file.readinto))) as pieces:
+        reader = Reader(pieces, "the very beginning")
+        name, size = read_member(reader, reader.take(512))
+        data = reader.take(min(size, METADATA_LIMIT))
+    version, found = parse_ova(data)
+    if name != "ova.xml" or len(found["VM"]) != 1:
+        raise ArchiveError("the archive does not hold just one VM")
+    return version, found, expected_disks(data)
 
 
 def held_back(source):
-    """How many bytes at the end go out last: at least HELD_BACK, and of a plain archive all from
-    the header of the last chunk on, for XAPI reads it no further."""
+    """How many bytes at the end go out last: of a plain archive all from the header of the last
+    chunk on, for XAPI reads it no further."""
     start = max(source.size - HELD_BACK, 0) // 512 * 512
-    tail = os.pread(source.fd, source.size - start, start)
-    at = max((len(tail.rstrip(b"\0")) - 1) // 512 * 512 - 512, 0)  # the member with its hash
-    chunk = tail[at : at + 100].split(b"\0")[0].rpartition(b".")[0] + b"\0"
-    if source.file.endswith(".xva") and len(chunk) > 1:
-        for header in range(start + at, max(start + at - LONGEST_CHUNK, 0), -512):
-            if os.pread(source.fd, len(chunk), header) == chunk:
-                return max(source.size - header, HELD_BACK)
-    return HELD_BACK
-
-
-def image_size(source):
-    """Bytes of the disk that a raw or vhd file holds, as the file tells."""
-    if source.file.endswith(".raw"):
-        return source.disk_size or source.size
-    return struct.unpack(">Q", os.pread(source.fd, 56, 0)[48:].rjust(8, b"\0"))[0]
-
-
-# --- what will be made ---
+    tail = os.pread(source.file.fileno(), source.size - start, start)
+    end = max(tail.rfind(b".xxhash\0"), tail.rfind(b".checksum\0"))  # the chunk's name before it
+    near = end > 0 and tail[end // 512 * 512 : end] + b"\0" in tail
+    return HELD_BACK if near or not source.file_name.endswith(".xva") else LONGEST_CHUNK
 
 
 def plan_restore(wish, source, xapi, pool, log):
-    """What a restore makes, and where: checked against the pool, and logged. Changes nothing.
-    Raises ConfigError where it is refused."""
-    plan = types.SimpleNamespace(pool=pool, ova=None, preserve=wish.preserve, names=[], original=[])
-    srs, vms = xapi.all("SR"), xapi.all("VM")
-    plugged = collections.defaultdict(list)
+    """What a restore makes, and where, a namespace: checked against the pool, and logged. Changes
+    nothing. Raises ConfigError where it is refused."""
+    hosts, name = collections.defaultdict(list), source.name
     for pbd in xapi.all("PBD").values():
         if pbd["currently_attached"]:
-            plugged[pbd["SR"]].append(pbd["host"])
-    plan.sr = choose_sr(wish.sr, source, plan.pool, srs, plugged)
-    plan.host = None if plan.pool["master"] in plugged[plan.sr] else plugged[plan.sr][0]
-    name, plan.sizes = source.name, [max(source.disk_size or 0, image_size(source))]
-    if source.file.endswith((".raw", ".vhd")):
-        vms = xapi.all("VDI")
+            hosts[pbd["SR"]].append(pbd["host"])
+    srs = {ref: dict(sr, free=max(int(sr["physical_size"]) - int(sr["physical_utilisation"]), 0))
+           for ref, sr in xapi.all("SR").items() if hosts[ref] and sr["content_type"] != "iso"}
+    ref = choose_sr(wish["sr"], source, pool, srs)
+    plan = types.SimpleNamespace(pool=pool, sr=ref, preserve=wish["preserve"].lower(), names=[],
+                                 kin=[], length=source.size,
+                                 host=None if pool["master"] in hosts[ref] else hosts[ref][0])
+    others, networks = xapi.all(source.kind), []
+    if source.form:
+        told = int.from_bytes(os.pread(source.file.fileno(), 8, 48), "big")  # a VHD's own size
+        plan.sizes = [told if source.form == "vhd" else source.disk_size or source.size]
+        if source.form == "raw":  # the file may be longer than its disk, by zeros
+            plan.length = min(source.size, plan.sizes[0])
     else:
-        version, plan.ova, disks = read_ova(source)
-        plan.sizes = [disk.size for disk in disks.values()]
-        (archived,) = plan.ova["VM"].values()
-        plan.names, seed = [archived["name_label"]], archived["other_config"].get("mac_seed")
-        if not source.uuid:
-            name = re.sub(r"\ARESTORE_", "", archived["name_label"])
-        check_archive(plan, version, seed, vms, xapi)
-        plan.original = [vm for vm in vms.values() if not vm["is_a_snapshot"] and (
-            vm["uuid"] in (source.uuid, archived["uuid"]) or vm["name_label"] == name
-            or seed and vm["other_config"].get("mac_seed") == seed)]
-    plan.name = choose_name(wish.name, name, source, bool(plan.ova), vms)
+        version, ova, disks = read_ova(source)
+        (archived,) = ova["VM"].values()
+        seed, networks = archived["other_config"].get("mac_seed"), ova["network"].values()
+        twins = [vm for vm in others.values()
+                 if seed and vm["other_config"].get("mac_seed") == seed]
+        check_archive(version, ova, twins, plan, xapi)
+        plan.sizes, plan.names = [disk.size for disk in disks.values()], [archived["name_label"]]
+        name = name if source.uuid else re.sub(r"\ARESTORE_", "", archived["name_label"])
+        plan.kin = [vm["name_label"] for vm in others.values() if not vm["is_a_snapshot"] and (
+            vm in twins or vm["name_label"] == name
+            or vm["uuid"] in (source.uuid, archived["uuid"]))]
+    plan.name = choose_name(wish["as"], name, source, others)
     plan.names.append(plan.name)
-    sr, size = srs[plan.sr], sum(plan.sizes)
-    free = int(sr["physical_size"]) - int(sr["physical_utilisation"])
     log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there" % (
-        source.label, source.file, size_text(source.size), "VM" if plan.ova else "disk", plan.name,
-        sr["name_label"], plural(len(plan.sizes), "disk"), size_text(size), size_text(free)))
-    if size > free:
+        source.label, source.file_name, size_text(source.size), "disk" if source.form else "VM",
+        plan.name, srs[ref]["name_label"], plural(len(plan.sizes), "disk"),
+        size_text(sum(plan.sizes)), size_text(srs[ref]["free"])))
+    if sum(plan.sizes) > srs[ref]["free"]:
         log("***WARNING - that may not fit")
-    there = xapi.all("network").values() if plan.ova else ()
-    for network in plan.ova["network"].values() if plan.ova else ():
-        if not any(network[key] == other[key] for key in ("name_label", "bridge")
-                   for other in there):
+    there = {name for other in xapi.all("network").values()
+             for name in (other["name_label"], other["bridge"])}
+    for network in networks:
+        if not there.intersection((network["name_label"], network["bridge"])):
             log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
                 % network["name_label"])
     return plan
 
 
-def choose_sr(wanted, source, pool, srs, plugged):
-    """The ref of the storage repository to restore to. Raises ConfigError with the choice."""
-    found = [ref for ref, sr in srs.items() if wanted in (sr["uuid"], sr["name_label"])]
-    if not wanted:
-        found = [ref for ref, sr in srs.items() if sr["uuid"] == source.sr_uuid and plugged[ref]]
-        found = found or [ref for ref in srs if ref == pool["default_SR"]]
-    good = [ref for ref, sr in srs.items() if sr["content_type"] != "iso" and plugged[ref]]
-    if len(found) == 1 and found[0] in good:
-        return found[0]
+def choose_sr(wanted, source, pool, srs):
+    """The ref of the storage repository to restore to, of `srs`, those in use for disks. Raises
+    ConfigError, which lists them."""
+    default = srs.get(pool["default_SR"], {}).get("uuid")
+    for wish in [wanted] if wanted else filter(None, [source.sr_uuid, default]):
+        found = [ref for ref, sr in srs.items() if wish in (sr["uuid"], sr["name_label"])]
+        if len(found) == 1:
+            return found[0]
     raise ConfigError("ERROR - %s: choose one with sr=, by name or uuid: %s" % (
         "sr=%s is not one storage repository for disks" % wanted if wanted else
-        "the pool has no default storage repository in use",
-        ", ".join(sorted("%s (%s, %s free)" % (srs[ref]["name_label"], srs[ref]["uuid"], size_text(
-            max(int(srs[ref]["physical_size"]) - int(srs[ref]["physical_utilisation"]), 0)))
-            for ref in good))))
+        "the pool has no default storage repository in use", ", ".join(sorted(
+            "%s (%s, %s free)" % (sr["name_label"], sr["uuid"], size_text(sr["free"]))
+            for sr in srs.values()))))
 
 
-def check_archive(plan, version, seed, vms, xapi):
-    """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists."""
-    master = xapi.records("host", [plan.pool["master"]])[plan.pool["master"]]
-    here = re.findall(r"\d+", master["software_version"].get("xapi", ""))[:2]
-    made_by = [int(version["xapi_major"]), int(version["xapi_minor"])]
-    if len(here) == 2 and made_by > [int(number) for number in here]:
-        raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %s: update"
-                          " the pool first" % (*made_by, ".".join(here)))
-    if plan.preserve:
-        twins = [vm for vm in vms.values() if seed and vm["other_config"].get("mac_seed") == seed]
-        for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if plan.ova[kind]]:
-            uuids = {record["uuid"] for record in plan.ova[kind].values()}
-            twins += [record for record in xapi.all(kind).values() if record["uuid"] in uuids]
+def check_archive(version, ova, twins, plan, xapi):
+    """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists. twins:
+    the VMs and snapshots that bear its MAC seed."""
+    software = xapi.call("host.get_software_version", plan.pool["master"])
+    here = [int(number) for number in re.findall(r"\d+", software.get("xapi", ""))[:2]]
+    made_by = [int(version.get(key, 0)) for key in ("xapi_major", "xapi_minor")]
+    if len(here) == 2 and made_by > here:
+        raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %d.%d:"
+                          " update the pool first" % tuple(made_by + here))
+    if plan.preserve == "true":
+        for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if ova[kind]]:
+            uuids = {record["uuid"] for record in ova[kind].values()}
+            twins = twins + [one for one in xapi.all(kind).values() if one["uuid"] in uuids]
         if twins:
-            told = twins[0].get("name_label") or "a device of it"
             raise ConfigError("ERROR - preserve=True: the original or a copy is on the pool (%s,"
                               " uuid %s): delete it first, or restore without preserve" % (
-                                  told, twins[0]["uuid"]))
+                                  twins[0].get("name_label", "a device"), twins[0]["uuid"]))
 
 
-def choose_name(wanted, name, source, is_vm, others):
+def choose_name(wanted, name, source, others):
     """The name of what is made, one that no other bears. Raises ConfigError."""
     taken = {other["name_label"] for other in others.values() if not other["is_a_snapshot"]}
     if wanted in taken:
         raise ConfigError("ERROR - as=%s: one of that name is there already" % wanted)
     dated = "%s-restored-%s" % (name, source.date.strftime("%Y-%m-%d"))
-    names = itertools.chain([wanted or name] if wanted or is_vm else [], [dated],
-                            ("%s-%d" % (dated, number) for number in itertools.count(2)))
+    names = [wanted] if wanted else [dated] if source.form else [name, dated]
+    names += ["%s-%d" % (dated, number) for number in range(2, len(taken) + 3)]
     return next(name for name in names if name not in taken)
 
 
 # --- the restore ---
 
 
-class Guarded:
-    """The export as the body of a PUT: its last `held` bytes go out when vouch() has returned."""
+def carry_out(xapi, source, plan, activity, log):
+    """Makes what was planned and returns its uuid. If it fails, nothing that it made is left."""
+    query = {"format": source.form} if source.form else {
+        "sr_id": plan.sr, "restore": plan.preserve}
+    endpoint = xapi.at(xapi.call("host.get_address", plan.host)) if plan.host else xapi.master()
+    lock = None
+    try:
+        with Stream(xapi, "/import_raw_vdi" if source.form else "/import", query, activity,
+                    endpoint, put=True) as stream:
+            task = xapi.call("task.get_record", stream.task)
+            facts = {"pool": plan.pool["uuid"], "task": stream.task, "names": plan.names,
+                     "created": moment_of(task["created"]), "disks": len(plan.sizes),
+                     "backup": source.label, "kind": source.kind,
+                     "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            name = ".restore-%s.json" % task["uuid"]
+            place, lock = write_note(source.places, name, facts, log)
+            if source.form:
+                query["vdi"] = xapi.run_task("VDI.create", {
+                    "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
+                    "virtual_size": str(plan.sizes[0]), "sharable": False, "read_only": False,
+                    "other_config": {"import_task": stream.task}})  # as XAPI marks what it imports
+            activity.doing, activity.expected = "import", plan.length
+            send(xapi, source, stream, plan.length, log)
+        made = marked(xapi.all(source.kind), stream.task)
+        if list(made) != stream.result:
+            raise BackupError("the host tells of another object than it made")
+        xapi.watch.check()
+        ((ref, record),) = made.items()
+        finish(xapi, source, plan, ref, record, log)
+    except BaseException:
+        if lock is not None:
+            os.close(lock)
+            with contextlib.suppress(OSError):  # then the next restore does it
+                sweep(xapi, place, plan.pool["uuid"], log)
+        raise
+    os.unlink(name, dir_fd=place)
+    return record["uuid"]
 
-    def __init__(self, pieces, length, held, vouch):
-        self._pieces, self._length, self._held, self._vouch = pieces, length, held, vouch
-        self.vouched = False
 
-    def __len__(self):
-        return self._length
+def send(xapi, source, stream, length, log):
+    """Sends `length` bytes of the export, the last ones when all is proved; returns when the host
+    tells that it has imported it."""
+    proof, held = threading.Event(), held_back(source)
 
-    def __iter__(self):
-        tail, left, free = bytearray(), self._length, max(self._length - self._held, 0)
-        for piece in self._pieces:
-            piece = piece[:left]  # a raw file may be longer than its disk, by zeros
-            now, left = piece[:free], left - len(piece)
-            free -= len(now)
-            tail += piece[len(now) :]
-            if len(now):
-                yield now
-        self._vouch()
-        self.vouched = True
-        for at in range(0, len(tail), MIB):
-            yield tail[at : at + MIB]
+    def compare(pieces):
+        if source.digest not in (None, hash_all(pieces)):
+            raise ArchiveError("it does not match SHA256SUMS")
 
+    def guarded(pieces):
+        tail, left, free = [], length, max(length - held, 0)
+        for piece in pieces:
+            piece = piece[:left]
+            yield piece[:free]
+            tail += [bytes(piece[free:])] * (len(piece) > free)
+            left, free = left - len(piece), max(free - len(piece), 0)
+        proof.set()  # fan_out tells this consumer of the end when the others have proved all
+        yield from tail
 
-class Restore:
-    """One restore: run() carries out a plan and returns the uuid of what it made. If it fails,
-    nothing that it made is left."""
-
-    def __init__(self, xapi, watch, source, plan, activity, log):
-        self._xapi, self._watch, self._source, self._plan = xapi, watch, source, plan
-        self._activity, self._log = activity, log
-
-    def run(self):
-        xapi, plan, note = self._xapi, self._plan, None
-        query = {"sr_id": plan.sr, "restore": "true" if plan.preserve else "false"}
-        if not plan.ova:
-            query = {"format": self._source.file.rpartition(".")[2]}
-        endpoint = xapi.master()
-        if plan.host:
-            endpoint = xapi.at(xapi.call("host.get_address", plan.host))
-        try:
-            with Stream(xapi, "/import" if plan.ova else "/import_raw_vdi", query, self._activity,
-                        endpoint, put=True) as stream:
-                note = self._note(stream.task)
-                if not plan.ova:
-                    query["vdi"] = self._make_disk(stream.task)
-                self._send(stream)
-                made = stream.result
-            ours = _made(xapi, "VM" if plan.ova else "VDI", stream.task)
-            if list(ours) != made:
-                raise BackupError("the host tells of another object than it made")
-            self._watch.check()
-            (record,) = ours.values()
-            self._finish(made[0], record)
-        except BaseException as error:
-            debug(error, self._log)
-            if note:
-                self._undo(note, stream)
-            raise
-        note.remove()
-        return record["uuid"]
-
-    def _note(self, task):
-        record = self._xapi.records("task", [task])[task]
-        return Note(self._source.top, {
-            "pool": self._plan.pool["uuid"], "task": task, "uuid": record["uuid"],
-            "created": moment_of(record["created"]), "names": self._plan.names,
-            "disks": len(self._plan.sizes), "backup": self._source.label,
-            "time": time.strftime("%Y-%m-%d %H:%M:%S")}, self._log)
-
-    def _make_disk(self, task):
-        """The ref of a new disk, marked ours until it is whole."""
-        plan = self._plan
-        ref = self._xapi.run_task("VDI.create", {
-            "name_label": plan.name, "name_description": "", "SR": plan.sr, "type": "user",
-            "virtual_size": str(plan.sizes[0]), "sharable": False, "read_only": False,
-            "other_config": {OUR_KEY: "restore=" + task}})
-        plan.sizes[0] = int(self._xapi.call("VDI.get_virtual_size", ref))
-        return ref
-
-    def _send(self, stream):
-        """Sends the export, and returns when the host tells that it is imported."""
-        source, digest, proof = self._source, Future(), Future()
-        length = source.size
-        if source.file.endswith(".raw"):
-            length = min(length, self._plan.sizes[0])
-        self._activity.doing, self._activity.expected = "import", length
-
-        def vouch():
-            phrases = ["sha256" if source.digest else "NOT sha256"] + proof.result()
-            if source.digest not in (None, digest.result()):
-                raise ArchiveError("%s does not match its SHA-256" % source.file)
-            self._log("%s proved whole: %s" % (source.file, ", ".join(phrases)))
-
-        def upload(pieces):
-            body = Guarded(pieces, length, held_back(source), vouch)
-            stream.send(body)
-            if not body.vouched:
-                raise _Enough
-
-        def told(future, function):
-            def consume(pieces):
-                try:
-                    future.set_result(function(pieces))
-                except BaseException as error:
-                    future.set_exception(error)
-                    raise
-            return consume
-
-        try:
-            fan_out(pieces_of(source), upload, told(digest, hash_all),
-                    told(proof, prover(source.file, source.disk_size)))
-        except Elsewhere as elsewhere:
-            stream.endpoint = self._xapi.at(elsewhere.location)
-            return self._send(stream)
-        except _Enough:  # the host stopped reading: its task tells why
-            stream.verdict()
-            raise BackupError("the host took the import for whole before its end") from None
+    def upload(pieces):
+        stream.send(guarded(pieces), length)
         if not stream.verdict():
             raise BackupError("the host lost the task of the import")
+        if not proof.is_set():
+            raise BackupError("the host took the import for whole before its end")
 
-    def _finish(self, ref, record):
-        """Makes of what was imported what was asked for: named, told from the original, safe to
-        have beside it."""
-        call, plan = self._xapi.call, self._plan
-        if not plan.ova:
-            call("VDI.remove_from_other_config", ref, OUR_KEY)
-            self._log("to attach it:")
-            self._log("  xe vm-list name-label=%s params=uuid" % quoted(self._source.name))
-            self._log("  xe vbd-create vm-uuid=VM vdi-uuid=%s device=autodetect type=Disk mode=RW"
-                      " bootable=false" % record["uuid"])
-            self._log("  xe vbd-plug uuid=VBD  (if the VM runs)")
-            return
-        call("VM.set_name_label", ref, plan.name)
-        call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
-            self._source.label, record["name_description"])).strip())
-        call("VM.remove_from_other_config", ref, OUR_KEY)  # that of the snapshot
-        if record["is_a_template"]:
-            call("VM.set_is_a_template", ref, False)
-        if plan.original and record["ha_restart_priority"]:
-            call("VM.set_ha_restart_priority", ref, "")
-        if plan.original:
-            call("VM.remove_from_other_config", ref, "auto_poweron")
-            self._log("NOTE - %s is on the pool: neither HA nor a host's start will start the"
-                      " restored VM" % plan.original[0]["name_label"])
+    source.file.seek(0)
+    try:
+        if not length:
+            raise ArchiveError("it is empty")
+        _, proved, _ = fan_out(ring(source.file.readinto), compare,
+                               prover(source.file_name, source.disk_size), upload)
+    except Elsewhere:
+        send(xapi, source, stream, length, log)
+        return
+    except ArchiveError as error:
+        raise ArchiveError("%s is damaged, it was not imported: %s" % (
+            source.file_name, error)) from None
+    log("%s proved whole: %s" % (source.file_name, ", ".join(
+        ["sha256" if source.digest else "NOT sha256"] + proved)))
 
-    def _undo(self, note, stream):
-        try:
-            if stream.begun and not stream.ended:
-                raise BackupError("the host is still at work on it")
-            clear_away(self._xapi, self._watch, note.facts, self._log, True)
-            note.remove()
-        except Exception as error:
-            self._log("***WARNING - what was begun is not cleared away, the next restore does it:"
-                      " %s" % reason_of(error))
+
+def finish(xapi, source, plan, ref, record, log):
+    """Makes of what was imported what was asked for: named, told from the original, safe to have
+    beside it. Of a disk it tells how to attach it."""
+    if source.form:
+        log("to attach it:")
+        log("  xe vm-list name-label=%s params=uuid" % shlex.quote(source.name))
+        log("  xe vbd-create vm-uuid=VM vdi-uuid=%s device=autodetect type=Disk mode=RW"
+            " bootable=false" % record["uuid"])
+        log("  xe vbd-plug uuid=VBD  (if the VM runs)")
+        return
+    xapi.call("VM.set_name_label", ref, plan.name)
+    xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
+        source.label, record["name_description"])).strip())
+    xapi.call("VM.remove_from_other_config", ref, OUR_KEY)  # that of the snapshot
+    xapi.call("VM.set_is_a_template", ref, False)
+    if plan.kin and record["ha_restart_priority"]:
+        xapi.call("VM.set_ha_restart_priority", ref, "")
+    if plan.kin:
+        xapi.call("VM.remove_from_other_config", ref, "auto_poweron")
+        log("NOTE - %s is on the pool: neither HA nor a host's start will start the restored VM"
+            % plan.kin[0])
 
 
 # --- what a restore leaves that is cut off ---
@@ -4562,109 +4374,98 @@ def moment_of(date):
     return re.sub(r"\D", "", str(date))[:14]
 
 
-class Note:
-    """The file that tells the next restore what this one may leave; locked while it lives."""
-
-    def __init__(self, top, facts, log):
-        self.facts, self._name = facts, ".restore-%s.json" % facts["uuid"]
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+def write_note(places, name, facts, log):
+    """Writes the file that tells the next restore what this one may leave, into the first of the
+    folders that takes it; (descriptor of the folder, that of the file, which locks it)."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for place in places:
         try:
-            self._top = open_folder(ELSEWHERE) if top is None else os.dup(top)
-            self._fd = os.open(self._name, flags, 0o600, dir_fd=self._top)
+            fd = os.open(name, flags, 0o600, dir_fd=place)
             with contextlib.suppress(OSError):  # no locks here
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._fd, json.dumps(facts).encode("ascii"))
-            os.fsync(self._fd)
-            sync(self._top)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            os.write(fd, json.dumps(facts).encode("ascii"))
+            os.fsync(fd)
+            os.stat(name, dir_fd=place)  # another restore may have swept it away, still empty
+            sync(place)
+            return place, fd
         except OSError as error:
-            if top is None:
-                raise BackupError("the restore cannot be noted: %s" % describe(error)) from None
             log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
-            self.__init__(None, facts, log)
-
-    def remove(self):
-        os.unlink(self._name, dir_fd=self._top)
-        os.close(self._fd)
-        os.close(self._top)
+    raise BackupError("the restore cannot be noted")
 
 
-def sweep(xapi, watch, top, pool, log):
+def sweep(xapi, place, pool, log):
     """Clears away what restores left on this pool that live no more, by their notes in a folder."""
-    for name in sorted(filter(NOTE_FILE.match, os.listdir(top))):
+    for name in sorted(filter(NOTE_FILE.match, os.listdir(place))):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(name, flags, dir_fd=top)
-        except OSError:
-            continue
-        with open(fd, "rb") as file, contextlib.suppress(BlockingIOError):  # it lives
-            about = os.fstat(fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if about.st_uid not in (os.geteuid(), os.fstat(top).st_uid) or about.st_mode & 0o022:
-                continue
-            try:
-                facts = json.loads(file.read(MIB).decode("ascii") or "null")
+            with open(os.open(name, flags, dir_fd=place), "rb") as file:
+                about, users = os.fstat(file.fileno()), (os.geteuid(), os.fstat(place).st_uid)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022
+                        or about.st_uid not in users):
+                    raise BackupError("not a note that only its owner can have written")
+                facts = json.loads(file.read(MIB).decode("ascii") or "{}")
                 if facts and facts["pool"] != pool:
                     continue
                 if facts:
                     log("clearing away what a restore of %s left at %s" % (
                         facts["backup"], facts["time"]))
-                    clear_away(xapi, watch, facts, log)
-                os.unlink(name, dir_fd=top)
-            except Exception as error:
-                log("***WARNING - %s: %s" % (name, reason_of(error)))
+                    clear_away(xapi, facts, log)
+                os.unlink(name, dir_fd=place)
+        except (BlockingIOError, FileNotFoundError):
+            pass  # it lives, or another restore has just swept it away
+        except Exception as error:
+            log("***WARNING - what %s tells of is not cleared away, the next restore tries it: %s"
+                % (name, reason_of(error)))
 
 
-def clear_away(xapi, watch, facts, log, ended=False):
+def clear_away(xapi, facts, log):
     """Destroys what a restore made and did not finish: what bears its own import_task, and only
     while nothing tells that somebody took it into use. What is left alone is named."""
-    begin, told = time.monotonic(), set()
-    for task in iter(lambda: None if ended else _pending(xapi, facts["task"]), None):
+    begin, task = time.monotonic(), facts["task"]
+    while True:
+        record = xapi.records("task", [task]).get(task)
+        if not record or record["status"] not in ("pending", "cancelling"):
+            break
+        with contextlib.suppress(XapiError):
+            xapi.call("task.cancel", task)
         waited = time.monotonic() - begin
-        if waited > HOST_ENDS:
+        if waited > HOST_ENDS or xapi.watch.time_left() < CLEANUP_GRACE:
             raise BackupError("the host is still at work on it")
-        if waited > UNUSED_ENDS and not _made(xapi, "VM", task) and not _made(xapi, "VDI", task):
+        kinds = ("VM", "VDI") if facts["kind"] == "VM" else ()  # none destroys a disk in use
+        if waited > UNUSED_ENDS and not any(marked(xapi.all(kind), task) for kind in kinds):
             break  # a task that nothing was ever begun with does not end
         time.sleep(1)
     with contextlib.suppress(XapiError):
-        xapi.call("task.destroy", facts["task"])
-
-    def leave(kind, record, why):
-        if record["uuid"] not in told:
-            told.add(record["uuid"])
-            log("NOTE - %s %s uuid=%s, which a restore left, is left alone: %s" % (
-                kind, record["name_label"], record["uuid"], why))
-
-    patiently(watch, lambda: _clear(xapi, facts, leave))
+        xapi.call("task.destroy", task)
+    for record in patiently(xapi.watch, lambda: clear(xapi, facts)):
+        log("NOTE - %s uuid=%s, which a restore left, is left alone: it was started, renamed,"
+            " copied or attached since" % (record["name_label"], record["uuid"]))
 
 
-def _pending(xapi, task):
-    """The task if it has not ended; asks the host to end it."""
-    record = xapi.records("task", [task]).get(task)
-    if not record or record["status"] not in ("pending", "cancelling"):
-        return None
-    with contextlib.suppress(XapiError):
-        xapi.call("task.cancel", task)
-    return task
-
-
-def _made(xapi, kind, task):
-    """{ref: record} of the objects of a class, no snapshots, that bear a restore's mark."""
-    return {ref: record for ref, record in xapi.all(kind).items()
+def marked(records, task):
+    """{ref: record} of those that bear a restore's mark and are no snapshots."""
+    return {ref: record for ref, record in records.items()
             if not record.get("is_a_snapshot") and task in (
                 record["other_config"].get("import_task"),
-                record.get("sm_config", {}).get("import_task"),
-                record["other_config"].get(OUR_KEY, "").partition("=")[2])}
+                record.get("sm_config", {}).get("import_task"))}
 
 
-def _clear(xapi, facts, leave):
-    """One attempt at that; whoever repeats it does no harm."""
-    task, vms, vbds = facts["task"], xapi.all("VM"), xapi.all("VBD")
-    own, vdis = _made(xapi, "VM", task), _made(xapi, "VDI", task)
-    gone = None
+def clear(xapi, facts):
+    """One attempt at that; whoever repeats it does no harm. Returns the records of the VMs and
+    disks that it leaves alone."""
+    vms, vbds, vdis = xapi.all("VM"), xapi.all("VBD"), marked(xapi.all("VDI"), facts["task"])
+    own, left, gone = marked(vms, facts["task"]), [], None
+    copied = len(own) > 1 or len(vdis) > facts["disks"]
     for ref, vm in own.items():
-        why = "it has a copy" if len(own) > 1 else _in_use(xapi, facts, vm, vms, vbds, vdis)
-        if why:
-            leave("VM", vm, why)
+        metrics = xapi.records("VM_metrics", [vm["metrics"]]).get(vm["metrics"], {})
+        disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
+        if (copied or vm["snapshots"] or vm["power_state"] != "Halted"
+                or vm["name_label"] not in facts["names"]
+                or moment_of(metrics.get("start_time")) > facts["created"]
+                or any(disk not in vdis or len(vdis[disk]["VBDs"]) > 1 or vdis[disk]["snapshots"]
+                       for disk in disks)):
+            left.append(vm)
         elif vm["current_operations"]:
             raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
         else:
@@ -4672,30 +4473,15 @@ def _clear(xapi, facts, leave):
             gone = ref
     for ref, vdi in vdis.items():
         users = {vbds[vbd]["VM"] for vbd in vdi["VBDs"] if vbd in vbds} - {gone}
-        if len(vdis) > facts["disks"] and not gone:
-            leave("disk", vdi, "it has a copy")
-        elif vdi["snapshots"] or not all(vms[vm]["is_control_domain"] for vm in users if vm in vms):
-            leave("disk", vdi, "it is in use")
+        if copied or vdi["snapshots"] or not all(
+                vms[vm]["is_control_domain"] for vm in users if vm in vms):
+            left.append(vdi)
         else:
             destroy(xapi, "VDI.destroy", ref)
-    for ref, network in _made(xapi, "network", task).items():
+    for ref, network in marked(xapi.all("network"), facts["task"]).items():
         if not network["VIFs"] and not network["PIFs"]:
             destroy(xapi, "network.destroy", ref)
-
-
-def _in_use(xapi, facts, vm, vms, vbds, vdis):
-    """Why a VM that a restore left is somebody's by now, or None."""
-    metrics = xapi.records("VM_metrics", [vm["metrics"]]).get(vm["metrics"], {})
-    disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
-    if vm["power_state"] != "Halted" or moment_of(metrics.get("start_time", "")) > facts["created"]:
-        return "it was started"
-    if vm["name_label"] not in facts["names"]:
-        return "it was renamed"
-    if vm["snapshots"]:
-        return "it has snapshots"
-    if any(ref not in vdis or len(vdis[ref]["VBDs"]) > 1 or vdis[ref]["snapshots"] for ref in disks):
-        return "it has a disk that is not the restore's alone"
-    return None
+    return left
 
 
 # ============================== list and check ==============================
@@ -4703,7 +4489,6 @@ def _in_use(xapi, facts, vm, vms, vbds, vdis):
 # What the disk tells of a VM: its name, that of its folder, the Folders in that, or an error.
 Shelf = collections.namedtuple("Shelf", "vm folder found error")
 AGES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
-AHEAD = 3600  # seconds by which clocks may differ
 FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps gone
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
@@ -4723,16 +4508,11 @@ def take_stock(top, settings, watch):
     """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
     backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
-    above, folder = os.path.split(top)
-    shelves = []
+    (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
-        if not settings and _marker(fd, os.listdir(fd))[0]:
-            with opened(above) as vm_fd:
-                shelf = _shelf(vm_fd, os.path.basename(above), patterns)
-            return [shelf._replace(found=[x for x in shelf.found if x.name == folder])], True
-        shelf = None if settings else _shelf(fd, folder, patterns)
-        if shelf and shelf.found:
-            return [shelf], True
+        single = None if settings else _shelf(fd, folder, patterns)
+        if single and single.found:
+            return [single], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
@@ -4741,17 +4521,20 @@ def take_stock(top, settings, watch):
             except OSError as error:
                 if error.errno != errno.ENOTDIR and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
-    names = collections.Counter(item.vm for item in shelves if item.found or item.error)
+        shelves = [item for item in shelves if item.found or item.error]
+        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
+            with opened(above) as vm_fd:
+                single = _shelf(vm_fd, os.path.basename(above), patterns)
+            return [single._replace(found=[x for x in single.found if x.name == folder])], True
+    names = collections.Counter(item.vm for item in shelves)
     return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
             item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
-            for item in shelves if item.found or item.error], False
+            for item in shelves], False
 
 
 def _shelf(vm_fd, folder, patterns):
-    found, label = sorted(scan(vm_fd, patterns, folder)), ""
-    with contextlib.suppress(OSError, BackupError, IndexError), opened(
-            backups(found)[-1].name, vm_fd) as fd:
-        label = read_cfg("vm.cfg", fd).get("name_label", "")
+    found = sorted(scan(vm_fd, patterns, folder), key=lambda item: item.name)
+    label = "".join(item.label for item in backups(found)[-1:])
     dated = any(item.created is not None for item in found)
     return Shelf(label or vm_name(folder), folder, found if dated else [], "")
 
@@ -4849,9 +4632,24 @@ def _age(facts):
 
 
 def check_command(words, log, watch):
-    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
-    Returns the exit status; what it raises means 3, UNKNOWN."""
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first; the
+    line in any case. Returns the exit status."""
+    try:
+        return _check(words, log, watch)
+    except (Exception, Interrupted) as error:
+        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
+        log.bare("VMBACKUP UNKNOWN - %s" % _plain(text))
+        return 3
+
+
+def _plain(text):
+    return re.sub("[|'\"`]", "_", printable(text))
+
+
+def _check(words, log, watch):
     ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
+    if not words:
+        raise ConfigError("missing: <config-file|folder>")
     for word in words[1:]:
         age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
         if age:
@@ -4907,8 +4705,7 @@ def _judge(vm, shelves, warn, crit):
     if errors:
         status, text = 3, "cannot be read: " + errors[0]
     order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
-    name, text = (re.sub("[|'\"`]", "_", printable(item)) for item in (vm, text))
-    return order, status, name, age, text
+    return order, status, _plain(vm), age, _plain(text)
 
 
 # ============================== verify and extract ==============================
@@ -4917,20 +4714,24 @@ GRAIN = 64 * 1024  # bytes: so many zeros at a time become holes of an image
 ZEROS = bytes(GRAIN)
 
 
-def marked_folders(path, depth=2):
-    """Paths of the folders with a marker, up to `depth` levels below or `path` itself, sorted; and
-    of those that cannot be read, for whoever opens them to find out why."""
-    try:
-        with os.scandir(path) as entries:
-            inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
-    except OSError as error:
-        none = isinstance(error, FileNotFoundError) or os.path.basename(path) == "lost+found"
-        return [] if none else [path]
-    found = [marked_folders(os.path.join(path, name), depth - 1)
-             for name in sorted(inside) if inside[name] and depth]
-    # A VM may be called `success`, and a file of that name may lie where no backup is.
-    marked = any(inside.get(marker) is False for marker in MARKERS)
-    return list(itertools.chain(*found)) or [path] * marked
+def marked_folders(top):
+    """Paths of the folders with a marker, up to two levels below or `top` itself, sorted; and of
+    those that cannot be read, for whoever opens them to find out why."""
+    found = []
+
+    def fail(error):
+        if not isinstance(error, FileNotFoundError) and not error.filename.endswith("/lost+found"):
+            found.append(error.filename)
+
+    for path, folders, files in os.walk(top, onerror=fail):
+        if path.count("/") == top.count("/") + 2:
+            folders.clear()
+        if set(MARKERS).intersection(files):  # a VM may be called `success`
+            found.append(path)
+    found.sort(key=lambda path: path.split("/"))
+    # A marker may lie where no backup is: above one.
+    return [path for path, after in zip(found, found[1:] + [""])
+            if not after.startswith(path + "/")]
 
 
 def verify_command(words, log, watch):
@@ -4945,26 +4746,22 @@ def verify_command(words, log, watch):
 
 def verify(word, only, log, watch):
     """The same in a worker. only: a VM's name or nothing."""
-    top, names, good, bad = os.path.abspath(native(word)), only, 0, 0
-    if os.path.isfile(top) and EXPORT.match(top):
-        found, names = [top], []
-    else:
-        top = open_shelf(word)[0]
-        found = marked_folders(top)
-    names = [spelt for name in names for spelt in (native(folder_name(name)), native(name))]
-    for path in found:
+    top, good, bad = os.path.abspath(native(word)), 0, 0
+    lone = os.path.isfile(top) and EXPORT.match(top)
+    top = top if lone else open_shelf(word)[0]
+    for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
-        if names and vm not in names:
+        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
+        if names and not lone and nfc(vm) not in names:
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
         try:
             with watch.activity(vm) as activity:
-                proved = (verify_folder if os.path.isdir(path) else verify_file)(
-                    path, watch, activity)
+                proved = verify_path(path, watch, activity)
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
             good += 1
         except Exception as error:  # one odd folder must not end the others' turn
-            if not pruned(path):
+            if lone or marked_folders(path):  # else a run is deleting it meanwhile
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
                 bad += 1
     if not good + bad:
@@ -4975,43 +4772,26 @@ def verify(word, only, log, watch):
     return 0 if fine else 2
 
 
-def pruned(path):
-    """Whether what was a backup is none any more: a run may delete it meanwhile."""
-    try:
-        return os.path.isdir(path) and not set(MARKERS).intersection(os.listdir(path))
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-
-
-def verify_file(path, watch, activity):
-    """Phrases that tell what was proved of an export by itself. Raises BackupError or OSError."""
-    (proved,) = read_export(path, None, watch, activity, prover(path))
-    return ["NOT sha256 (a file by itself)"] + proved
-
-
-def verify_folder(path, watch, activity):
-    """The same of a backup's folder, all of it."""
+def verify_path(path, watch, activity):
+    """Phrases that tell what was proved of a backup's folder, or of an export by itself. Raises
+    BackupError or OSError."""
+    if os.path.isfile(path):
+        (proved,) = read_export(path, None, watch, activity, prover(path))
+        return ["NOT sha256 (a file by itself)"] + proved
     with opened(path) as fd:
         export, sums, ours = look_into(fd)
-        for name in (export, "vm.cfg", "vm-metadata.xml"):
-            if name not in sums and (sums or ours):
-                raise ArchiveError("SHA256SUMS does not list %s" % name)
-        texts = read_metadata(fd, export, sums)
+        told = check_metadata(fd, export, sums) if sums or ours else ["NOT sha256 (no SHA256SUMS)"]
         digest, proved = read_export(
-            export, fd, watch, activity, hash_all, prover(export, recorded_size(texts)))
+            export, fd, watch, activity, hash_all, prover(export, recorded_size(fd)))
     if sums.get(export, digest) != digest:
         raise ArchiveError("%s does not match SHA256SUMS" % export)
-    return ["sha256 of %d files" % len(sums) if sums else "NOT sha256 (no SHA256SUMS)"] + proved
+    return told + proved
 
 
 def read_export(name, dir_fd, watch, activity, *consumers):
     """What the consumers make of an export's pieces: fan_out() with progress and stops."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
-    with open(os.open(name, flags, dir_fd=dir_fd), "rb", buffering=0) as file:
-        there = os.fstat(file.fileno())
-        if not stat.S_ISREG(there.st_mode):
-            raise ArchiveError("%s is no regular file" % name)
-        activity.doing, activity.expected = "reading", there.st_size
+    with open(open_file(name, dir_fd), "rb", buffering=0) as file:
+        activity.doing, activity.expected = "reading", os.fstat(file.fileno()).st_size
 
         def readinto(view):
             watch.check()
@@ -5022,77 +4802,53 @@ def read_export(name, dir_fd, watch, activity, *consumers):
         return fan_out(ring(readinto), *consumers)
 
 
-def look_into(fd):
-    """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
-    a backup's folder. 3.25 wrote no sums."""
-    inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
-    marks = [read_small(name, fd, 8, part=True) for name in MARKERS if name in inside]
-    exports, sums = [name for name in inside if EXPORT.match(name)], {}
-    if not marks:
-        raise ArchiveError("no marker in the folder: it is no backup")
-    if UNFINISHED in inside:
-        raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
-    if len(exports) != 1:
-        raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b"\n"
-    for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
-        match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
-        if line and not match:
-            raise ArchiveError("SHA256SUMS is damaged")
-        if line:
-            path = native(match.group(3).replace("\\\\" if match.group(1) else "\\", "\\"))
-            if path in sums or {"", ".", ".."}.intersection(path.split("/")):
-                raise ArchiveError("SHA256SUMS lists %s twice or outside the folder" % path)
-            sums[path] = match.group(2)
-    return exports[0], sums, b"created=" in marks
-
-
-def read_metadata(fd, export, sums):
-    """{path: bytes} of what is beside the export, proved right and all there; without sums of the
-    vdi.cfg alone."""
+def check_metadata(fd, export, sums):
+    """Phrases about what is beside the export: everything listed, right and there."""
     texts, missing = {}, set(sums) - {export}
-    for path, name, folder in walk_files(fd):
+    for path in files_below(fd):
         if path in MARKERS + ("SHA256SUMS", "keep", export):
             continue
-        if sums and path not in sums:
+        if path not in sums:
             raise ArchiveError("%s is not listed in SHA256SUMS" % path)
-        if sums or path.endswith("/vdi.cfg"):
-            texts[path] = read_small(name, folder, METADATA_LIMIT)
-        if sums and hashlib.sha256(texts[path]).hexdigest() != sums[path]:
+        texts[path] = read_small(path, fd, METADATA_LIMIT)
+        if hashlib.sha256(texts[path]).hexdigest() != sums[path]:
             raise ArchiveError("%s does not match SHA256SUMS" % path)
         missing.discard(path)
     if missing:
         raise ArchiveError("%s is missing" % min(missing))
-    disks, labels = {}, [path[5:-8] for path in texts if re.match(r"DISK-[^/]+/vdi\.cfg\Z", path)]
+    alone = re.search(rb"^vm_metadata=none$", texts.get("vm.cfg", b""), re.MULTILINE)
+    for name in (export, "vm.cfg") + (() if alone else ("vm-metadata.xml",)):
+        if name not in sums:
+            raise ArchiveError("SHA256SUMS does not list %s" % name)
+    disks, there = {}, sum(path.startswith("DISK-") and path.endswith("/vdi.cfg")
+                           and path[:-7] + "vbd.cfg" in texts for path in texts)
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
         disks = expected_disks(texts["vm-metadata.xml"])
-    wanted = [disk.label for disk in disks.values()
-              if disk.label != "suspend" and "[NOBAK]" not in disk.name]
-    there = [label for label in labels if "DISK-%s/vbd.cfg" % label in texts]
-    if len(there) < len(wanted):  # not by label: a VM that is started meanwhile gets others
-        raise ArchiveError("a folder DISK-* is missing: there is %s of %s" % (
-            ", ".join(there) or "none", ", ".join(wanted)))
-    return texts
+    wanted = sum(disk.label != "suspend" and "[NOBAK]" not in disk.name for disk in disks.values())
+    if there < wanted:  # not by label: a VM that is started meanwhile gets others
+        raise ArchiveError("of %d folders DISK-* %d are missing" % (wanted, wanted - there))
+    none = ["NOT vm-metadata.xml (it could not be fetched)"] if alone else []
+    return ["sha256 of %d files" % len(sums)] + none
 
 
-def walk_files(fd, above=""):
-    """(path, name, descriptor of its folder) of all below a folder but folders and STREWN."""
-    for name in sorted(os.listdir(fd)):
-        if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-            if not STREWN.match(above + name):
-                yield above + name, name, fd
-        elif not STREWN.match(above + name + "/"):
-            with opened(name, fd) as inner:
-                yield from walk_files(inner, above + name + "/")
+def files_below(fd, above=""):
+    """The paths below a folder of all that is neither a folder nor STREWN."""
+    with opened(above or ".", fd) as folder:
+        for name in sorted(os.listdir(folder)):
+            path = above + name
+            if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                if not STREWN.match(path):
+                    yield path
+            elif not STREWN.match(path + "/"):
+                yield from files_below(fd, path + "/")
 
 
-def recorded_size(texts):
+def recorded_size(fd):
     """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    for label in ("xvda", "hda", "sda", "0"):
-        text = texts.get("DISK-%s/vdi.cfg" % label)
-        told = re.search(rb"^virtual_size=(\d+)$", text or b"", re.MULTILINE)
-        if text is not None:
-            return int(told.group(1)) if told else None
+    for path in FIRST_DISKS:
+        with contextlib.suppress(FileNotFoundError):
+            size = read_cfg(path, fd).get("virtual_size", "")
+            return int(size) if size.isdigit() else None
     return None
 
 
@@ -5122,14 +4878,15 @@ def extract(source, to, label, log, watch):
             fd = stack.enter_context(opened(source))
             export, sums, _ = look_into(fd)
         elif not os.path.isfile(source) or not EXPORT.match(source):
-            raise ConfigError("ERROR - there is no such backup's folder or export (NAME.xva,"
-                              " NAME.xva.gz, NAME.xva.zst): %s" % source)
+            raise ConfigError("ERROR - there is no such backup's folder or export: %s" % source)
         stem, kind = EXPORT.match(os.path.basename(export)).groups()
         if kind in ("raw", "vhd"):
-            log("%s is a disk image already; in another form: qemu-img convert -f %s -O qcow2 FILE"
-                " %s.qcow2" % (export, {"vhd": "vpc"}.get(kind, kind), "NAME"))
+            log("%s is a disk image already. As qcow2: qemu-img convert -f %s -O qcow2 %s %s" % (
+                os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
+                shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
             return 0
-        images = stack.enter_context(Images(stack.enter_context(opened(to)), stem, label, log))
+        images = Images(stack.enter_context(opened(to)), stem, label, log)
+        stack.callback(images.close)
         activity = stack.enter_context(watch.activity(stem))
         proved, *digest = read_export(export, fd, watch, activity, prover(export, sink=images),
                                       *[hash_all] * (export in sums))
@@ -5143,23 +4900,23 @@ def extract(source, to, label, log, watch):
 
 
 class Images:
-    """The sink of prove_xva() that writes the images. A context manager: at its end those go that
-    keep() did not give their names."""
+    """The sink of prove_xva() that writes the images. close() deletes those that keep() did not
+    give their names."""
 
     def __init__(self, dir_fd, stem, label, log):
         self._dir_fd, self._stem, self._label, self._log = dir_fd, stem, label, log
-        self.files = collections.OrderedDict()  # id: (name, descriptor)
+        self.files = {}  # id: (name, descriptor)
 
-    def __call__(self, ref, offset, view):
+    def __call__(self, ref, offset, data):
         if ref == "ova.xml":
-            self._create(expected_disks(view))
+            self._create(expected_disks(data))
         elif ref in self.files:
-            begin, size = 0, len(view)  # of what is to be written next
-            for at in range(0, size + GRAIN, GRAIN):
-                if ZEROS.startswith(view[at : at + GRAIN]):  # its end, too
-                    while begin < min(at, size):
-                        begin += os.pwrite(self.files[ref][1], view[begin:at], offset + begin)
-                    begin = at + GRAIN
+            view = memoryview(data)
+            for start in range(0, len(view), GRAIN):
+                part, at = view[start : start + GRAIN], offset + start
+                while not ZEROS.startswith(part):  # nor is an empty rest written
+                    count = os.pwrite(self.files[ref][1], part, at)
+                    part, at = part[count:], at + count
 
     def _create(self, disks):
         labels = [disk.label for disk in disks.values()]
@@ -5169,28 +4926,21 @@ class Images:
         for ref, disk in disks.items():
             if self._label in (None, disk.label):
                 name = native("%s-%s.raw" % (self._stem, folder_name(disk.label)))
-                os.close(self._new(name))
+                os.close(new_file(name, self._dir_fd))
                 os.unlink(name, dir_fd=self._dir_fd)  # it could be made: there is no such file
-                self.files[ref] = name, self._new(name + ".partial")
+                self.files[ref] = name, new_file(name + ".partial", self._dir_fd)
                 os.ftruncate(self.files[ref][1], disk.size)
                 self._log("disk %s is %s, %s (%s) -> %s" % (
                     disk.label, ref, disk.name or "-", size_text(disk.size), name))
-
-    def _new(self, name):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self._dir_fd)
 
     def keep(self):
         """Gives the images their names."""
         for name, fd in self.files.values():
             os.close(os.dup(fd))  # where a file server took not all of it, this raises OSError
-            os.close(self._new(name))  # or rename() would replace what came meanwhile
+            os.close(new_file(name, self._dir_fd))  # or rename() would replace what came meanwhile
             os.rename(name + ".partial", name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
+    def close(self):
         for name, fd in self.files.values():
             os.close(fd)
             with contextlib.suppress(FileNotFoundError):
@@ -5203,8 +4953,6 @@ PROGRESS_EVERY = 300  # seconds between the progress lines where there is no ter
 SILENT = 30  # seconds without a byte after which the host is shown as silent
 MAIL_TIMEOUT = 60  # seconds
 MAIL_PAUSE = 5  # seconds between the three tries
-AT_REST = ("snapshot", "clean-up")  # what an Activity does while no byte of the export moves
-RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
 
 
 class Log:
@@ -5212,13 +4960,13 @@ class Log:
     locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
     what was logged."""
 
-    def __init__(self, out, err, environment):
-        self.lines = []
-        self._out, self._err, self._lock = out, err, threading.Lock()
+    def __init__(self, out, err, environment, watch=None):
+        self.lines, self._watch = [], watch
+        self._out, self._err, self._lock = out, err, threading.RLock()
         self._shown, self._told = "", time.monotonic()
         rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
-        self._colour = rich and is_terminal(out)
-        self._live, self._plain = rich and is_terminal(err), not is_terminal(err)
+        colour, live = [stream is not None and stream.isatty() for stream in (out, err)]
+        self._colour, self._live, self._plain = rich and colour, rich and live, not live
 
     def __call__(self, text):
         stamp = datetime.datetime.now().strftime("%Y-%m-%d-(%H:%M:%S)")
@@ -5226,35 +4974,28 @@ class Log:
         bad, odd = re.search("ERROR|  FAILED ", line), re.search("WARNING|  warning ", line)
         with self._lock:
             self.lines.append(line)
-            self._show("")
             if self._colour and (bad or odd):
                 line = "\x1b[%sm%s\x1b[0m" % ("31" if bad else "33", line)
-            write_text(self._out, line + "\n")
+            self.bare(line)
 
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
         with self._lock:
             self._show("")
-            write_text(self._out, text + "\n")
+            write_text(self._out, text + "\n", self._watch)
 
     def _show(self, text):
         if self._shown or text:
-            write_text(self._err, "\r\x1b[K" + text)
+            write_text(self._err, "\r\x1b[K" + text, self._watch)
             self._shown = text
 
     def close(self):
-        """What can't be written any more is given up here, or Python would exit with 120 for it."""
-        self.progress([])
-        for stream in (self._out, self._err):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with self._lock:
+            self._show("")
 
     def progress(self, activities):
         """Shows the Activities under way; called once a second."""
-        activities, now = list(activities), time.monotonic()
+        now = time.monotonic()
         if self._live:
             with self._lock, contextlib.suppress(OSError):
                 columns = os.get_terminal_size(self._err.fileno()).columns or 80
@@ -5262,64 +5003,40 @@ class Log:
         elif self._plain and activities and now - self._told > PROGRESS_EVERY:
             self._told = now
             for activity in activities:
-                self("progress %s  %s" % (activity.label, progress_texts(activity, now)[0]))
+                self("progress %s" % progress_text(activity, now))
 
 
 def progress_line(activities, columns, now):
-    """What is under way, in one line of so many columns: all in the longest form that fits, then
-    with shorter names, then as many as fit and how many more there are."""
-    labels = [printable(activity.label) for activity in activities]
-    texts = [progress_texts(activity, now) for activity in activities]
-    for form in range(4):
-        parts = ["%s  %s" % (label, text[form]) for label, text in zip(labels, texts)]
-        if len("  |  ".join(parts)) <= columns:
-            return "  |  ".join(parts)
-    if len(labels) > 1:
-        labels = [re.sub(r"^\[[^]]*\] ", "", label) for label in labels]
-    for count in range(len(labels), 0, -1):
-        lengths, more = [len(label) for label in labels[:count]], len(labels) - count
-        end = "  |  +%d" % more if more else ""
-        room = columns - len(end) - sum(len(text[3]) + 6 for text in texts[:count]) + 5
-        size = max(size for size in range(columns)
-                   if not size or sum(min(length, size) for length in lengths) <= room)
-        if size >= min(max(lengths), 6) or count == 1:
-            parts = ["%s %s" % (shortened(label, size), text[3])
-                     for label, text in zip(labels[:count], texts)]
-            return ("  |  ".join(parts) + end)[:columns]
-    return ""
+    """What is under way, in one line of so many columns: in full where that fits, else in short, as
+    many as fit and how many more there are."""
+    line = "  |  ".join(progress_text(activity, now) for activity in activities)
+    if len(line) > columns:
+        parts = [progress_text(activity, now, short=True) for activity in activities]
+        for more in range(len(parts)):
+            line = "  |  ".join(parts[: len(parts) - more] + (["+%d" % more] if more else []))
+            if len(line) <= columns:
+                break
+    return line[:columns]
 
 
-def shortened(name, size):
-    """A name in so many characters; names differ at their ends more often than in the middle."""
-    if len(name) <= size:
-        return name
-    tail = max(size - 1, 0) // 2
-    return name[: max(size - 1 - tail, 0)] + "\u2026" + name[len(name) - tail :]
-
-
-def progress_texts(activity, now):
-    """How far an Activity is, in four forms, each shorter than the one before."""
-    done, quiet, expected = activity.done, now - activity.touched, activity.expected or 0
-    if not done or activity.doing in AT_REST:
-        doing = activity.doing or "waiting for the host"
-        told = "%s, %s" % (doing, time_text(quiet))
-        return [told, told, told, doing]
-    if (activity.fraction or 0) > 0.02:
+def progress_text(activity, now, short=False):
+    """'[3/50] web  50 % of about 12 GiB  31 MB/s  3 min left' of an Activity, or '[3] web 50 %'."""
+    label, done, quiet = printable(activity.label), activity.done, now - activity.touched
+    expected, rate = activity.expected, done / max(now - activity.started, 0.001)
+    if activity.fraction > 0.02:
         expected = done / min(activity.fraction, 1)
-    rate = done / max(now - activity.started, 0.001)
-    speed, left, short, figures = rate_text(rate), "", size_text(done), size_text(done)
-    if expected > done:
-        short = "%d %%" % (100 * done // expected)
-        figures += " of about %s (%s)" % (size_text(expected), short)
-        left = "  %s left" % time_text((expected - done) / rate)
-    if quiet > SILENT:
-        speed, left = "host silent for %s" % time_text(quiet), ""
-    return ["%s  %s%s" % (figures, speed, left), "%s  %s%s" % (short, speed, left),
-            short + (left or "  " + speed), short]
-
-
-def is_terminal(stream):
-    return stream is not None and not stream.closed and stream.isatty()
+    far, whole, pace = size_text(done), "", rate_text(rate)
+    if not done or activity.doing == "clean-up":
+        far, pace = activity.doing or "waiting for the host", time_text(quiet)
+    elif expected > done:
+        far, whole = "%d %%" % (100 * done // expected), " of about %s" % size_text(expected)
+        pace += "  %s left" % time_text((expected - done) / rate)
+    if done and quiet > SILENT:
+        pace = "host silent for %s" % time_text(quiet)
+    if not short:
+        return "%s  %s%s  %s" % (label, far, whole, pace)
+    label = re.sub(r"^\[(\d+)/\d+\]", r"[\1]", label)
+    return "%s %s" % (label if len(label) < 19 else label[:10] + "\u2026" + label[-7:], far)
 
 
 def path_bytes(text):
@@ -5330,16 +5047,25 @@ def path_bytes(text):
     return text.encode("utf-8", "backslashreplace")
 
 
-def write_text(stream, text):
-    """Writes UTF-8 at once; a reader that went away stops no backup."""
+def write_text(stream, text, watch=None):
+    """Writes UTF-8 at once, past Python's buffer. A reader that went away stops no backup, and one
+    that reads no more holds up no stop."""
+    import select
+
+    data = path_bytes(text)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        getattr(stream, "buffer", stream).write(path_bytes(text))
-        stream.flush()
+        fd = stream.fileno()
+        while data:
+            while watch and not select.select([], [fd], [], LOOK)[1]:
+                if watch.signum:
+                    return
+            data = data[os.write(fd, data[:4096]) :]  # not more than select promises
 
 
 def make_status(path, log, warnings):
     """The function that appends a line to the status log (none if path is None) and flushes it.
-    The first failure is logged and added to `warnings`."""
+    The first failure is logged and added to `warnings`. A new one may be read by monitors of other
+    users, whatever the umask."""
     lock, server, failed = threading.Lock(), short_host_name(), []
 
     def status(program, *texts):
@@ -5347,7 +5073,11 @@ def make_status(path, log, warnings):
         line = printable(",".join((stamp, program, server) + texts)) + "\n"
         try:
             with lock:
-                append_shared(path, line.encode("utf-8"))
+                new = not os.path.exists(path)
+                with open(path, "ab") as file:
+                    if new:
+                        os.fchmod(file.fileno(), 0o644)
+                    file.write(line.encode("utf-8"))
         except OSError as error:
             if not failed:
                 failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
@@ -5357,23 +5087,14 @@ def make_status(path, log, warnings):
     return status if path else lambda *texts: None
 
 
-def append_shared(path, data):
-    """Adds to a file that monitors of other users read: 0644 when it is new, whatever the umask."""
-    new = not os.path.exists(path)
-    with open(path, "ab") as file:
-        if new:
-            os.fchmod(file.fileno(), 0o644)
-        file.write(data)
-        file.flush()
-        sync(file.fileno())
-
-
 def replace_file(path, data, mode):
     """Replaces what bears this name (a link, not its target) by a new file, with a rename; after an
-    OSError it is what it was before."""
-    import tempfile
-
-    fd, temporary = tempfile.mkstemp(prefix=".vmbackup-", dir=os.path.dirname(path) or ".")
+    OSError it is what it was before. What a killed run left half written goes, too."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, ".%s.vmbackup" % name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with open(fd, "wb") as file:
             if mode != 0o600:  # it is that from its first byte
@@ -5385,43 +5106,6 @@ def replace_file(path, data, mode):
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def free_bytes(path):
-    """Bytes that are free in a file system; None where it does not tell."""
-    with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(path)
-        return usage.free if usage.total else None
-    return None
-
-
-def run_table(run, width=100):
-    """Lines of the table of what became of each VM: the failed ones first, the totals last."""
-    order, rows = list(RESULTS), [("VM", "result", "size", "time", "rate", "note")]
-    items = [("pool database", run.pool_database)] if run.pool_database else []
-    items += [(item.name, item) for item in run.outcomes]
-    items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
-    for name, item in items:
-        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
-        gone = plural(len(names), "backup") if names[1:] else "".join(names)
-        rows.append((name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
-                     time_text(item.seconds) if item.seconds else "",
-                     rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
-                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))))
-    failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
-    notes = ["%s left" % size_text(free)] if free is not None else []
-    notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
-    seconds, size = time.monotonic() - run.begin, sum(item.bytes for _, item in items)
-    rows.append(("total", "", size_text(size), time_text(seconds),
-                 rate_text(size / max(seconds, 0.001)), "; ".join(notes)))
-    lines = table(rows, width, right=(2, 3, 4))
-    start = lines[0].index("result") + max(len(row[1]) for row in rows) + 2
-    for number, (_, item) in enumerate(items, 1):
-        if item.error:  # nothing is as important as the reason: it takes the other columns, too
-            reason, room = printable(item.error), max(width - start, 40)
-            reason = reason if len(reason) <= room else reason[: room - 1] + "\u2026"
-            lines[number] = lines[number][:start].ljust(start) + reason
-    return lines
 
 
 def write_json(run):
@@ -5451,18 +5135,17 @@ def write_json(run):
 
 
 METRICS = (
-    ("vmbackup_last_success_timestamp_seconds", "When the newest backup of the VM was made."),
-    ("vmbackup_last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
-    ("vmbackup_last_size_bytes", "Size of the export in the newest backup of the VM."),
-    ("vmbackup_last_duration_seconds", "How long the VM's last successful backup took."),
-    ("vmbackup_backups", "How many backups of the VM there are."),
-    ("vmbackup_run_end_timestamp_seconds", "When the last run ended."),
-    ("vmbackup_run_exit_status", "Exit status of the last run."),
-    ("vmbackup_free_bytes", "Free space in backup_dir."),
-    ("vmbackup_info", "1; its label tells the version."))
-QUOTED = r'"(?:[^"\\\n]|\\.)*"'
-SERIES = re.compile(  # metric, label config, its other labels, value
-    r"^(vmbackup_\w+)\{(config=%s)((?:,\w+=%s)*)\} ([0-9.e+-]+)$" % (QUOTED, QUOTED), re.M)
+    ("last_success_timestamp_seconds", "When the newest backup of the VM was made."),
+    ("last_status", "How the VM's last backup ended: 0 success, 1 warning, 2 error."),
+    ("last_size_bytes", "Size of the export in the newest backup of the VM."),
+    ("last_duration_seconds", "How long the VM's last successful backup took."),
+    ("backups", "How many backups of the VM there are."),
+    ("run_end_timestamp_seconds", "When the last run ended."),
+    ("run_exit_status", "Exit status of the last run."),
+    ("free_bytes", "Free space in backup_dir."),
+    ("info", "1; its label tells the version."))
+SERIES = re.compile(  # metric, its label config, its other labels, value
+    r'^vmbackup_(\w+)\{(config="(?:[^"\\\n]|\\.)*")(.*)\} (\S+)$', re.M)
 
 
 def label_of(key, value):
@@ -5474,58 +5157,52 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
-    settings, there, series, old = run.settings, {}, {}, b""
+    settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
     pool = {"," + label_of("vm", name) for name in run.pool_vms or ()}
     asked = {"," + label_of("vm", item.name): item for item in run.outcomes}
+    stay = pool if settings.only else pool.intersection(asked)
     with contextlib.suppress(FileNotFoundError):
         old = read_small(settings.metrics_file, limit=64 * MIB)
     for metric, config, labels, value in SERIES.findall(old.decode("utf-8", "replace")):
-        if config == mine:
-            there.setdefault(labels, {})[metric] = value
-        else:
+        unknown = not run.begun and labels.startswith(",vm=")
+        if config != mine or unknown or labels in stay:
             series[metric, config + labels] = value
-    for vm, values in there.items():
-        if vm.startswith(",vm=") and (run.pool_vms is None or vm in pool and settings.only):
-            series.update({(metric, mine + vm): value for metric, value in values.items()})
-    for vm, item in asked.items():
-        if vm in pool:
-            values = dict(there.get(vm, {}), **vm_metrics(settings, item))
-            series.update({(metric, mine + vm): value for metric, value in values.items()})
-    series["vmbackup_run_end_timestamp_seconds", mine] = int(time.time())
-    series["vmbackup_run_exit_status", mine] = run.exit_status
-    series["vmbackup_free_bytes", mine] = free_bytes(settings.backup_dir)
-    series["vmbackup_info", "%s,%s" % (mine, label_of("version", __version__))] = 1
+    for vm in pool.intersection(asked):
+        for metric, value in vm_metrics(run, asked[vm]).items():
+            series[metric, mine + vm] = value
+    series["run_end_timestamp_seconds", mine] = int(time.time())
+    series["run_exit_status", mine] = run.exit_status
+    series["free_bytes", mine] = free_bytes(settings.backup_dir)
+    series["info", "%s,%s" % (mine, label_of("version", __version__))] = 1
     lines = []
     for metric, text in METRICS:
-        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s gauge" % metric]
-        lines += ["%s{%s} %s" % (metric, labels, value) for (of, labels), value
-                  in sorted(series.items(), key=lambda pair: pair[0])
+        lines += ["# HELP vmbackup_%s %s" % (metric, text), "# TYPE vmbackup_%s gauge" % metric]
+        lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
+                  for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
     replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
 
 
-def vm_metrics(settings, item):
+def vm_metrics(run, item):
     """{metric: value, or None for what is no more} of a VM that this run was asked for: its last
     success is the newest backup on disk, so one that failed keeps its old one."""
-    told = {}
+    told, found = {}, []
     if item.result != "SKIPPED":
-        told["vmbackup_last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
+        told["last_status"] = {"SUCCESS": 0, "WARNING": 1}.get(item.result, 2)
     if item.result in ("SUCCESS", "WARNING"):
-        told["vmbackup_last_duration_seconds"] = round(item.seconds, 3)
-    found = []
+        told["last_duration_seconds"] = round(item.seconds, 3)
     try:
-        with opened(settings.backup_dir) as top, opened(native(folder_name(item.name)), top) as vm:
-            found = backups(scan(vm, [settings.backup_dir_pattern, DEFAULT_PATTERN]))
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return told  # what the file knew of the disk stays
-    told["vmbackup_backups"] = len(found)
-    told["vmbackup_last_success_timestamp_seconds"] = int(found[-1].created) if found else None
-    told["vmbackup_last_size_bytes"] = found[-1].size if found else None
-    return told
+        with opened(run.settings.backup_dir) as top, opened(
+                native(folder_name(item.name)), top) as vm:
+            found = backups(scan(vm, run.patterns))
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            return told  # what the file knew of the disk stays
+    newest = found[-1] if found else None
+    return dict(told, backups=len(found), last_size_bytes=newest and newest.size,
+                last_success_timestamp_seconds=newest and int(newest.created))
 
 
 def send_mail(run):
@@ -5552,9 +5229,10 @@ def send_mail(run):
     lines += run.error.split("\n") + [""] if run.error else []
     lines += run_table(run) if run.outcomes or run.pool_database else []
     items = ([run.pool_database] if run.pool_database else []) + run.outcomes
+    again = " (one VM again: vmbackup.py - %s only=NAME)" % settings.config_file
     for head, texts in (
-            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
-                        for item in items if item.error]),
+            ("Failed" + (again if settings.config_file else ""),
+             ["%s %s: %s" % (item.kind, item.name, item.error) for item in items if item.error]),
             ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
                           for text in item.warnings] + settings.warnings),
             ("In no backup", [", ".join(run.not_in_backup or [])])):
@@ -5568,19 +5246,16 @@ def send_mail(run):
         try:
             deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
             break
-        except OSError as error:
+        except OSError:
             if not left or run.watch.signum:
-                hint = (" (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
-                        if isinstance(error, ssl.SSLError) else "")
-                raise OSError("%s port %d: %s%s" % (settings.smtp_server, settings.smtp_port,
-                                                    describe(error), hint)) from None
+                raise
             run.watch.sleep(MAIL_PAUSE)
     run.log("mail sent to %s" % ", ".join(settings.mail_to))
 
 
 def deliver(settings, data, timeout):
-    """Hands a message to the mail server. Raises OSError, or BackupError if only some of those who
-    were to get it are refused: it must not be sent again. timeout: seconds for each answer."""
+    """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
+    it must not be sent again, for others have it. timeout: seconds for each answer."""
     import smtplib
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
@@ -5589,7 +5264,6 @@ def deliver(settings, data, timeout):
     connect: Any = smtplib.SMTP
     if settings.smtp_port == 465:
         connect = functools.partial(smtplib.SMTP_SSL, context=context)
-    problem: Any = OSError
     try:
         with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
                                         timeout=timeout)) as smtp:
@@ -5598,27 +5272,31 @@ def deliver(settings, data, timeout):
             if settings.smtp_user:
                 smtp.login(settings.smtp_user,
                            read_password_file(settings.smtp_password_file, plain=True))
-            answers = smtp.sendmail(settings.mail_from, settings.mail_to, data)
-            problem = BackupError
+            refused = smtp.sendmail(settings.mail_from, settings.mail_to, data)
             with contextlib.suppress(OSError):
                 smtp.quit()
     except smtplib.SMTPRecipientsRefused as error:
-        answers = error.recipients
-    except smtplib.SMTPResponseException as error:
-        answers = {"it said": (error.smtp_code, error.smtp_error)}
-    if answers:
-        raise problem("; ".join("%s: %d %s" % (who, code, bytes(text).decode("utf-8", "replace"))
-                                for who, (code, text) in answers.items()))
+        refused = error.recipients
+    except OSError as error:  # smtplib's are, too
+        text = describe(error)
+        if isinstance(error, smtplib.SMTPResponseException):
+            text = "%d %s" % (error.smtp_code, os.fsdecode(error.smtp_error))
+        if isinstance(error, ssl.SSLError):
+            text += " (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
+        raise OSError("%s port %d: %s" % (
+            settings.smtp_server, settings.smtp_port, text)) from None
+    if refused:
+        raise BackupError("; ".join("%s: %d %s" % (who, code, os.fsdecode(text))
+                                    for who, (code, text) in refused.items()))
 
 
 def send_reports(run):
     """Mails and writes what the settings ask for, the mail first: one that cannot be sent is a
     warning of the run, in its other reports too."""
     settings = run.settings
-    mailing = settings.mail_to and settings.mail_from and settings.smtp_server
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
     for wanted, make, failure in (
-            (mailing and when, send_mail, "the mail could not be sent"),
+            (settings.mail_to and when, send_mail, "the mail could not be sent"),
             (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
             (settings.report_json, write_json, "report_json cannot be written")):
         try:
@@ -5646,46 +5324,38 @@ Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR
 """
 # Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
 HELP = """\
-<password>          the password itself; or a file made by create-password-file; or - (one line of \
-standard input, asked for on a terminal); or local (XAPI's socket in this dom0: no password at all)
-<config-file>       the usual choice for cron; see: vmbackup.py config
-<vm-selector>       a VM's name or a regular expression; :N behind it keeps N backups instead of \
-max_backups; vdi-export=SELECTOR takes only the first disk
+<password>          itself; or a file made by create-password-file; or - (a line of standard \
+input); or local (XAPI's socket in this dom0: no password)
+<config-file>       for cron; see: vmbackup.py config
+<vm-selector>       a VM's name or a regular expression; :N behind it replaces max_backups; \
+vdi-export=SELECTOR takes only the first disk
 preview             connects, checks and shows what would be done; changes nothing
-only=SELECTOR       of the chosen VMs only those that it matches: repeats one with its config file
+only=SELECTOR       of the chosen VMs only those that it matches
 create-password-file=FILE  writes the password, encoded, into a file for its owner's eyes only
-verify              proves every backup on disk again: checksums, archive, metadata; no password, \
-no network, changes nothing
-list                which backups there are, how old and large, what is odd about them; of one VM \
-each with the rule that keeps it; json for programs
-check               a line for Nagios, Icinga and their like, then one for each VM without a \
-backup younger than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, \
-3 UNKNOWN
+verify              proves every backup on disk again: checksums, archive, metadata
+list                which backups there are; of one VM each with the rule that keeps it
+check               a line for Nagios and its like, then one for each VM without a backup younger \
+than warn or crit (90m, 26h, 3d, 2w); exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
 extract             writes the disks of an XVA as sparse images NAME-xvda.raw into the folder to= \
-(default: the current one), or just disk=; replaces no file
-restore             makes a new, halted VM (vdi-export: a disk) of a backup, proved while it is \
-sent; changes nothing that is on the pool. With a config file: of the VM's newest backup, or \
-backup=FOLDER. sr=SR: name or uuid, instead of the pool's default. as=NAME: instead of the \
-original's. preserve=True: with its MAC addresses. host, username, tls_* and rate_limit as below
+(default: the current one), or just disk=
+restore             makes a new, halted VM (vdi-export: a disk) of the newest backup or of \
+backup=FOLDER, on sr=SR (name or uuid), called as=NAME, with its MAC addresses if preserve=True; \
+changes nothing that is on the pool
 Exit status         0 all good, 1 warnings, 2 a VM (or the pool database) failed, 3 nothing was \
 started, 4 another run holds the lock, 128+n stopped by signal n
 
-name=value          one of these settings, in the config file or, overriding it, as an argument:
+name=value          a setting, in the config file or, overriding it, as an argument:
 """
 CONFIG = """\
 # Example config file for vmbackup.py: name=value lines, '#' comments on lines of their own.
 # A setting that is not given has the default shown here.
 
-#### settings ####
-
 %s
 #### which VMs ####
-# Only letters, digits, space, '-' and '_': the name of one VM. Anything else is a regular
-# expression, matched from the start of the name; the VM of just that name is meant, too.
-# ':N' at the end overrides max_backups. Simple names win over regular expressions, later lines
-# over earlier ones, exclude over all.
+# Letters, digits, space, '-' and '_' only: the name of one VM. Anything else: a regular expression,
+# matched from the start of the name. ':N' at the end replaces max_backups. Simple names win over
+# regular expressions, later lines over earlier ones, exclude over all.
 
-# exclude selected VMs
 #exclude=PROD-WinDomainController
 #exclude=TEMP-.*
 
@@ -5694,7 +5364,6 @@ CONFIG = """\
 
 # vm-export: whole VMs (an empty vm-export= means all)
 #vm-export=my-vm-name
-#vm-export=my-third-vm:3
 #vm-export=PROD.*
 #vm-export=DEV.*:2
 """
@@ -5704,19 +5373,14 @@ EXAMPLE = """\
   vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
   vmbackup.py local weekend.cfg
-# one VM again, as the config file says; one VM (names are case sensitive); only its first disk
+# one VM again; all whose names begin with DEV-my, without a config file
   vmbackup.py local weekend.cfg only=DEV-mySql
-  vmbackup.py - "DEV mySql"
-  vmbackup.py - vdi-export=DEV-mySql
-# all VMs of a pool whose names begin with DEV-my, keeping 2 backups of each
   vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-# which backups there are, whether any is late, whether they are still whole
+# what is there, whether any is late, whether all are whole; a VM back
   vmbackup.py list weekend.cfg
   vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
-# a VM back, beside the one that is there; its disks as images
   vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
-  vmbackup.py extract '/mnt/backup/DEV-mySql/backup-2026-11-23-(02:00:00)' to=/mnt/images
 """
 
 
@@ -5728,19 +5392,16 @@ def config_text():
 
 def help_text(topic=""):
     """All of the help, or its part about one word, as wide as the terminal (40 to 100 columns)."""
-    lines = HELP.splitlines() + ["%-19s %s (default: %s)" % (
+    usage, lines = USAGE.splitlines() + [""], HELP.splitlines() + ["%-19s %s (default: %s)" % (
         item.name, item.about, item.default or "none") for item in SETTINGS]
     if topic:
-        part = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
-        if topic not in part:
-            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(part))))
-        lines = usage_of(topic) + [part[topic]]
-    else:
-        lines = USAGE.splitlines() + [""] + lines
+        parts = {re.match(r"<?([\w-]*)", line).group(1): line for line in lines if line}
+        if topic not in parts:
+            raise ConfigError("ERROR - no help on %s: %s" % (topic, allowed(topic, list(parts))))
+        usage, lines = usage_of(topic), [parts[topic]]
     width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
-    indents = [re.match(r"\S+ ?\S*  +|Usage: | *", line).end() or 7 for line in lines]
-    folded = [fold(line, width, " " * min(indent, width // 2))
-              for line, indent in zip(lines, indents)]
+    folded = [fold(line, width, " " * 7) for line in usage]
+    folded += [fold(line, width, " " * min(20, width // 3)) for line in lines]
     return "\n".join(itertools.chain(*folded)) + "\n"
 
 
@@ -5762,16 +5423,8 @@ COMMANDS = ("verify", "list", "check", "extract", "restore")
 DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
-def command(words, log, watch):
-    """Carries out a command line, and logs what goes wrong; returns the exit status."""
-    try:
-        return dispatch(words, log, watch)
-    except (Exception, Interrupted) as error:
-        log_error(error, log)
-        return getattr(error, "exit_code", 2)
-
-
 def log_error(error, log):
+    """Logs what went wrong, a line for each cause."""
     for line in reason_of(error).split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
     debug(error, log)
@@ -5787,12 +5440,9 @@ def dispatch(words, log, watch):
     if first in COMMANDS:
         return other_command(first, words[1:], log, watch)
     if len(words) < 2:
-        near = similar(first, COMMANDS + tuple(TEXTS))
-        missing = "<config-file|vm-selector>"
-        if not words or DRY_RUN.match(first) or first.startswith("create-password-file") or (
-                is_config(native(words[0]))):
-            missing = "<password> (itself, a password file, - or local) in front of " + missing
-        return too_few(USAGE, missing + (", or did you mean %s?" % near if near else ""))
+        near = similar(first, list(COMMANDS) + list(TEXTS))
+        return too_few(USAGE, "<password> or <config-file|vm-selector>: both are needed%s" % (
+            ", or did you mean %s?" % near if near else ""))
     check_order(*words[:2])
     key, _, value = words[1].partition("=")
     if key.lower() == "create-password-file":
@@ -5811,43 +5461,28 @@ def too_few(usage, missing):
 
 def other_command(name, words, log, watch):
     """verify, list, check, extract or restore; returns the exit status."""
-    carry_out = {"verify": verify_command, "list": list_command, "check": check_command,
-                 "extract": extract_command, "restore": restore_command}[name]
     if words and words[0].lower() in ("-h", "--help"):
         write_text(sys.stdout, help_text(name))
         return 0
     usage = usage_of(name)[0][7:]
     missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if name == "check":  # monitors read its one line on standard output, whatever happens
-        try:
-            if missing:
-                raise ConfigError("missing: " + missing)
-            return carry_out(words, log, watch)
-        except (Exception, Interrupted) as error:
-            text = re.sub(r"\A\W*ERROR\W*", "", reason_of(error).split("\n")[0])
-            log.bare("VMBACKUP UNKNOWN - %s" % printable(text).replace("|", "/"))
-            return 3
-    if missing:
+    if missing and name != "check":  # which tells a monitor so
         return too_few("Usage: %s\n" % usage, missing)
     if name == "restore":
         check_order(*words[:2])
         check_packages()
-    return carry_out(words, log, watch)
+    return {"verify": verify_command, "list": list_command, "check": check_command,
+            "extract": extract_command, "restore": restore_command}[name](words, log, watch)
 
 
-def is_config(path):
-    """True if a line of the file begins with the name of a setting."""
-    with contextlib.suppress(ConfigError):
-        return os.path.isfile(path) and bool(load_config(path))
-    return False
-
-
-def check_order(first, second):
+def check_order(*words):
     """Refuses swapped arguments, and shows none of them: one is the password."""
-    key = first.lower().partition("=")[0]
-    selector = "=" in first and key in RULE_KEYS + ("create-password-file",)
-    if selector or DRY_RUN.match(first) or (
-            is_config(native(first)) and not is_config(native(second))):
+    key, separator, _ = words[0].lower().partition("=")
+    wrong, configs = separator and key in RULE_KEYS + ("create-password-file",), []
+    for word in filter(os.path.isfile, map(native, words)):
+        with contextlib.suppress(ConfigError):
+            configs += [word] if load_config(word) else []
+    if wrong or DRY_RUN.match(words[0]) or configs == [native(words[0])]:
         raise ConfigError("ERROR - the first argument has to be the password (a password file, - or"
                           " local), a config file or selector and preview stand behind it")
 
@@ -5871,7 +5506,7 @@ def backup_command(words, log, watch):
     settings, preview = watch.do(parse_command, words[1], words[2:])
     if settings.config_file:
         log("VmBackup config loaded from: %s" % words[1])
-    mistakes = watch.do(check_outputs, settings, log)
+    mistakes = watch.do(check_outputs, settings, words[0], log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
     watch.rate = settings.rate_limit * 10**6
@@ -5929,11 +5564,11 @@ def parse_selector(text):
         return key, value, "command line"
     if not bare:
         raise ConfigError("ERROR - the VM selector is empty: give '.*' for all VMs")
-    near = similar(key, ("vm-export", "vdi-export", "create-password-file")) if separator else ""
-    if DRY_RUN.match(text) or near or separator and key in tuple(KNOWN) + ("exclude", "only"):
-        raise ConfigError(
-            "ERROR - invalid parameter %s: the second argument is a config file or a VM selector%s"
-            % (text, ", did you mean %s=?" % near if near else "; preview stands behind it"))
+    words = RULE_KEYS + ("only", "create-password-file")
+    if DRY_RUN.match(text) or separator and (key in KNOWN or similar(key, words)):
+        raise ConfigError("ERROR - invalid parameter %s: the second argument is a config file, a VM"
+                          " selector, vm-export= or vdi-export=; preview and settings stand behind"
+                          " it" % text)
     if "/" in text or bare.lower().endswith((".cfg", ".conf", ".ini")):
         raise ConfigError("ERROR - no such config file: %s (for a VM of that name: vm-export=%s)"
                           % (text, text))
@@ -5948,7 +5583,7 @@ def check_packages():
                               " vmbackup.pyz, which carries it" % (module, module))
 
 
-def check_outputs(settings, log):
+def check_outputs(settings, word, log):
     """Mistakes in the names of the files that a run writes. Such a file is taken out of the
     settings, or the report of just this mistake would go there."""
     folder = os.path.dirname(KNOWN["status_log"].default)
@@ -5957,33 +5592,25 @@ def check_outputs(settings, log):
         if settings.config_file:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    mistakes, taken = [], {os.path.realpath(settings.config_file or "/")}
-    for key, begin in (("status_log", rb""), ("report_json", rb"\s*(\{|\Z)"),
+    read = (settings.config_file, native(word), settings.smtp_password_file, settings.tls_ca)
+    mistakes, taken = [], [os.path.realpath(name) for name in read if name]
+    for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
-        if path and (key != "status_log" or settings.config_file):
-            problem = _problem(path, begin, taken)
-            if problem:
-                mistakes.append("ERROR - %s=%s: %s" % (key, path, problem))
+        if path and (settings.config_file or key != "status_log"):
+            try:
+                if os.path.realpath(path) in taken:
+                    raise BackupError("this file serves for something else")
+                if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                    raise BackupError("give a file in a folder that exists")
+                plain = (key, path) != ("status_log", os.devnull) and os.path.exists(path)
+                if plain and not re.match(begin, read_small(path, limit=99, part=True)):
+                    raise BackupError("what it holds is none of this program's")
+            except (OSError, BackupError) as error:
+                mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
                 setattr(settings, key, None)
-            taken.add(os.path.realpath(path))
+            taken.append(os.path.realpath(path))
     return mistakes
-
-
-def _problem(path, begin, taken):
-    """Why a run must not write there, or None. begin: how a file that is there has to begin."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        return "give a file in a folder that exists"
-    if os.path.realpath(path) in taken:
-        return "this file serves for something else"
-    if not os.path.exists(path) or (not begin and stat.S_ISCHR(os.stat(path).st_mode)):
-        return None  # the status log may be /dev/null
-    try:
-        if not re.match(begin, read_small(path, limit=99, part=True)):
-            return "what is in this file would be replaced, and it is none of this program's"
-    except (OSError, BackupError):
-        return "it is no regular file that can be read"
-    return None
 
 
 def check_paths(settings):
@@ -5992,8 +5619,6 @@ def check_paths(settings):
     if not os.path.isdir(path):
         raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)%s"
                           % (path, meant(path) if " #" in path else ""))
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise ConfigError("ERROR - backup_dir is not writable: %s" % path)
     if os.stat(path).st_dev == os.stat("/").st_dev:
         text = "backup_dir lies on the file system of / (is the share mounted?): %s" % path
         if settings.require_mount:
@@ -6002,13 +5627,14 @@ def check_paths(settings):
             settings.warnings.append("***WARNING - %s; backups there may fill this dom0" % text)
     for key in ("tls_ca", "smtp_ca", "smtp_password_file"):
         file = getattr(settings, key)
-        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
-            raise ConfigError("ERROR - %s=%s: there is no such file to read" % (key, file))
         try:
+            if file:
+                read_small(file, part=True)  # a pipe would be waited for
             if file and key.endswith("_ca"):
                 ssl.create_default_context(cafile=file)
-        except (OSError, ValueError):
-            raise ConfigError("ERROR - %s=%s holds no certificate" % (key, file)) from None
+        except (OSError, BackupError) as error:
+            raise ConfigError("ERROR - %s=%s cannot be used: %s" % (
+                key, file, describe(error))) from None
     if settings.compress == "zstd" and not has_zstd():
         raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
                           " could be proved: install it, or set compress=gzip")
@@ -6020,8 +5646,12 @@ def main(argv=None) -> int:
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     watch = Watch()
     watch.install()
-    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ)) as log:
-        return command(words, log, watch)
+    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
+        try:
+            return dispatch(words, log, watch)
+        except (Exception, Interrupted) as error:
+            log_error(error, log)
+            return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from support.world import (
     unprovable,
 )
 
-CALLS = {"vm-export": 37, "vdi-export": 33}  # enough for those of a run, each with a VM of its own
-CHANGES = 52  # the same for changes on disk
+CALLS = {"vm-export": 50, "vdi-export": 45}  # enough for those of a run, each with a VM of its own
+CHANGES = 75  # the same for changes on disk
 KINDS = ("vm-export", "vdi-export")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -109,8 +109,9 @@ def test_a_signal_at_every_call(turn, tmp_path, tally, kind):
                 break
             site.sim.clear_faults(fault)
             signals += 1
-            asked_last = site.sim.methods()[before + step] == "session.logout"
-            assert run.status == 128 + number or asked_last and run.status == 0, run
+            rest = site.sim.methods()[before + step:]  # perhaps a late one of the run before
+            asked_last = len(rest) <= 2 and rest[-1] == "session.logout"
+            assert run.status == 128 + number or asked_last and run.status == 0, (rest, run)
             assert_whole(site, ledger, "vm00", least=2)
             site.assert_pool_is_clean(["mine"])
             assert_as_if_nothing_had_happened(site, ["vm00"])

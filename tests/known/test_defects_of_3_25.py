@@ -119,7 +119,8 @@ def test_defect_06_no_snapshot_stays_after_a_failure(turn, line, fault):
 
 
 def test_defect_07_one_bad_vm_does_not_end_the_run(turn):
-    pool = pool_of("a-broken", "Zürich", "plain", description="Umlaute: äöü\nund €")
+    pool = pool_of("a-broken", "Zürich", "plain", description="Umlaute: äöü\nund €",
+                   power_state="Running")
     here = turn(pool)
     here.sim.fault("snapshot_error", vm="a-broken")
     here.configure("vm-export=a-broken", "vm-export=gone", "vm-export=Zürich", "vm-export=plain")
@@ -211,7 +212,8 @@ def test_defect_13_colons_and_equal_signs_in_values(turn, line, name, keep):
     assert result.status == 0, result
     assert result.has("  vm-export (cnt)= 1")
     assert result.has("  vm-export: %s" % (name if keep == 4 else "%s:%d" % (name, keep)))
-    assert result.has("%s: has 0 backups, keeps %d" % (name, keep))
+    assert any(re.match(r"%s +vm-export .* 0/1 +-$" % re.escape(name), line)
+               for line in result.lines)
 
 
 def test_defect_14_a_dot_in_a_name_is_pointed_out_and_can_be_escaped(turn):
@@ -220,7 +222,8 @@ def test_defect_14_a_dot_in_a_name_is_pointed_out_and_can_be_escaped(turn):
     here.configure("vm-export=a.b")
     result = here.run("preview")
     assert result.has("  vm-export: a.b, axb-and-more")
-    assert result.has("NOTE - a.b: not a simple name but a regular expression")
+    assert any(re.match("NOTE - vm-export=a[.]b: .* regular expression .*: axb-and-more$", line)
+               for line in result.lines), result
     here.configure(r"vm-export=a\.b$")
     result = here.run("preview")
     assert result.has("VMs-not-in-backup: axb-and-more")
@@ -308,7 +311,7 @@ def test_defect_19_a_vm_that_never_ran_is_no_warning(turn, kind):
     (None, [], 0), (None, ["preview"], 0), ("snapshot_error", [], 2),
 ])
 def test_defect_20_no_session_is_left(turn, fault, words, status):
-    here = turn(pool_of("web"))
+    here = turn(pool_of("web", power_state="Running"))
     if fault:
         here.sim.fault(fault)
     here.configure("vm-export=web", "parallel=2")

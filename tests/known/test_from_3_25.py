@@ -218,7 +218,7 @@ def test_the_folder_has_all_that_3_25_wrote_and_vm_cfg_and_checksums(turn):
     assert re.match(r"backup-\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\)\Z", new.name)
     old = leave_backup(here.path, "web", 1)
     inside = [{str(path.relative_to(top)) for path in top.rglob("*")} for top in (old, new)]
-    assert inside[1] - inside[0] == {"vm.cfg", "SHA256SUMS"}
+    assert inside[1] - inside[0] == {"RESTORE.txt", "vm.cfg", "SHA256SUMS"}
     assert not inside[0] - inside[1]
     for name in ("DISK-xvda/vbd.cfg", "DISK-xvda/vdi.cfg", "VIFs/vif-0.cfg"):
         keys = [[line.split("=")[0] for line in (top / name).read_text().splitlines()]

@@ -12,7 +12,7 @@ import unicodedata
 import pytest
 
 import vmbackup
-from vmbackup import BackupError, foreign_entry, open_folder, opened, remove_folder, scan
+from vmbackup import BackupError, judge, open_folder, opened, remove_folder, scan
 
 PATTERNS = [vmbackup.DEFAULT_PATTERN]
 NIGHT = "backup-2026-01-%02d-(02:00:00)"
@@ -45,11 +45,11 @@ def remove(top, name, vm="web"):
 
 def foreign(folder, vm="web"):
     with opened(str(folder)) as fd:
-        return foreign_entry(fd, vm)
+        _, why = judge(fd, vm)
+    return why[len("it holds ") : -len(", which is not ours")] if "not ours" in why else None
 
 
 # --- what is there ---
-
 
 def test_a_backup_is_seen_whole(tmp_path):
     folder = leave(tmp_path, 3)
@@ -57,7 +57,7 @@ def test_a_backup_is_seen_whole(tmp_path):
     assert vmbackup.whole(found)
     assert found == vmbackup.Folder(
         folder.name, 1767232800.0 + 3 * 86400, "success", False, False, "web.xva", 7, "ab-1",
-        found.date, "", None)
+        found.date, "", None, "web")
     assert str(found.date) == "2026-01-03"
 
 
@@ -192,7 +192,7 @@ def test_a_cfg_file_is_read_back(tmp_path):
 # --- deletion ---
 
 STREWN = [".DS_Store", "._web.xva", "Thumbs.db", "thumbs.db", "Desktop.ini", ".nfs000012ab00000001",
-          ".smbdeleteAAA1b", ".fuse_hidden0001", ".apdisk", ".directory",
+          ".smbdeleteAAA1b", ".fuse_hidden0001", ".apdisk",
           "@eaDir/web.xva@SynoEAStream", "@eaDir/DISK-xvda/SYNOINDEX_MEDIA_INFO", ".AppleDouble/x",
           ".@__thumb/s800web.jpg", "DISK-xvda/.DS_Store", "VIFs/@eaDir/x"]
 USERS = ["notes.txt", "#recycle/web.xva", "@Recycle/x", ".snapshot/x", "$RECYCLE.BIN/x",

@@ -177,10 +177,10 @@ def test_what_is_probably_meant_is_told(line, meant):
     ("web01", ["Web01", "web02"], "Web01"), ("wbe", ["web"], "web"), ("we", ["web"], "web"),
     ("webb", ["web"], "web"), ("wib", ["web", "wobb"], "web"), ("DEV mySql", ["DEV-mySql"], 0),
     ("Bu\u0308ro", ["Büro"], 0), ("web", ["sql", "w", "wxyb"], ""), ("web1", ["web"], "web"),
-    ("web1", ["web2", "wab1"], "wab1"), ("a", [], ""), ("web", ["web"], ""),
+    ("web1", ["web2", "mail"], "web2"), ("a", [], ""), ("Sql-Server", ["web", "sql-servre"], 1),
 ])
 def test_the_name_that_differs_in_case_or_by_a_letter(name, names, near):
-    assert vmbackup.nearest(name, names) == (names[0] if near == 0 else near)
+    assert vmbackup.similar(name, names) == (names[near] if isinstance(near, int) else near)
 
 
 def test_a_missing_name_is_told_with_the_nearest_one():
@@ -268,4 +268,5 @@ def test_no_selector_raises_anything_of_its_own(lines, names):
         selected = chosen(["%s=%s" % line for line in lines], names)
     except vmbackup.ConfigError:
         return
-    assert set(selected) - set(names) <= {name for name in selected if vmbackup.is_simple(name)}
+    assert set(selected) - set(names) <= {
+        name for name in selected if vmbackup.make_rule("exclude", name).simple}

@@ -185,7 +185,6 @@ def test_own_max_backups_is_one_or_more(line):
 
 # --- config files ---
 
-
 @pytest.mark.parametrize("data, expected", [
     (b"", []), (b"\n \n# a=b\n  # c=d\n", []), (b"a=b", [("a", "b")]),
     (b"\xef\xbb\xbfa=b\r\nc=d\r\n", [("a", "b"), ("c", "d")]),
@@ -212,7 +211,8 @@ def test_the_example_holds_only_defaults():
 SECRET = "c2VjcmV0IHBhc3N3b3Jk\n"
 
 
-@pytest.mark.parametrize("text", [SECRET, "hunter2 horse\n", "hunter2=1\n", "# vm-export=web\nhunter2"])
+@pytest.mark.parametrize("text", [SECRET, "hunter2 horse\n", "hunter2=1\n",
+                                  "# vm-export=web\nhunter2"])
 def test_a_file_that_is_no_config_file_is_told_without_a_word_of_it(tmp_path, text):
     path = tmp_path / "pw"
     path.write_text(text)

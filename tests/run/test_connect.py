@@ -51,6 +51,17 @@ def test_streams_go_over_the_socket_too(turn):
     here.assert_pool_is_clean()
 
 
+def test_each_worker_logs_in_by_itself(turn):
+    """The pool database is the first job: of a worker that has made no call yet."""
+    here = turn(one_vm())
+    here.configure("vm-export=web", "pool_db_backup=1", "parallel=3")
+    for host in (here.sim.url, here.sim.http):
+        assert here.run("host=" + host).status == 0
+    result = vmbackup("local", here.config, "host=" + here.sim.socket)
+    assert result.status == 0, result
+    here.assert_pool_is_clean()
+
+
 def test_http_is_spoken_to_a_loopback_address_only(turn):
     here = turn(one_vm())
     here.configure("vm-export=web")

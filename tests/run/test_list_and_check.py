@@ -4,17 +4,20 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import forks
 from support.harness import SCRIPT, Result, start, vmbackup
 from support.monitor import Answer, outside
 from support.upstream import MARKERS, leave_backup, leave_pool_dump
+from support.world import wait_until
 
 HOUR = 3600
 
@@ -73,7 +76,6 @@ def config(top):
 
 
 # --- check ---
-
 
 def test_the_line_of_the_contract(top, config):
     for number in range(39):
@@ -349,6 +351,9 @@ def test_a_stop_by_signal_ends_a_rule_without_end(top, config):
     for word in ("check", "list"):
         words = [word, config("vm-export=(a+)+b")] + ["a" * 60] * (word == "list")
         process = start(*words)
+        about = Path("/proc/%d/status" % process.pid)
+        wait_until(lambda about=about: int(re.search(  # it hears SIGTERM by now
+            r"SigCgt:\t(\w+)", about.read_text()).group(1), 16) >> 14 & 1)
         time.sleep(1)
         process.terminate()
         process.communicate(timeout=20)
@@ -356,7 +361,6 @@ def test_a_stop_by_signal_ends_a_rule_without_end(top, config):
 
 
 # --- list ---
-
 
 def test_the_overview(top):
     leave(top, "web", 2, 26, 50, size=3000)

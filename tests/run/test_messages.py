@@ -57,7 +57,7 @@ def test_each_advice_has_its_test():
 def pool_of_codes():
     pool = Pool()
     for code in list(CODES) + ["witness"]:
-        pool.vm(code, disks=[disk(MIB + 512, code, seed=code)])
+        pool.vm(code, power_state="Running", disks=[disk(MIB + 512, code, seed=code)])
     return pool
 
 
@@ -109,11 +109,14 @@ def test_what_the_hosts_own_checks_refuse(turn):
     """Not injected: the pool itself is so that a snapshot or an export is refused."""
     pool = Pool()
     pool.sr("cannot", type="iscsi", snapshot=False)
-    pool.vm("SR_OPERATION_NOT_SUPPORTED", disks=[disk(MIB, sr="cannot")])
-    pool.vm("VDI_IS_SHARABLE", disks=[disk(MIB, sharable=True)])
+    pool.vm("SR_OPERATION_NOT_SUPPORTED", disks=[disk(MIB, sr="cannot")], power_state="Running")
+    pool.vm("VDI_IS_SHARABLE", disks=[disk(MIB, sharable=True)], power_state="Running")
     pool.vm("OPERATION_BLOCKED", disks=[disk(MIB)], blocked_operations={"snapshot": "no touch"})
-    pool.vm("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disks=[disk(MIB, "resets")])
+    pool.vm("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disks=[disk(MIB, "resets")],
+            power_state="Running")
     pool.vm("NO_HOSTS_AVAILABLE", disks=[disk(MIB)], cds=[cd("tools.iso")])
+    for vm in pool.description["vms"]:
+        vm["power_state"] = "Running"  # a halted one would be exported as it is
     here = turn(pool)
     here.sim.set("VDI", "resets", "on_boot", "reset")
     iso = here.sim.ref("SR", "ISOs")
@@ -151,7 +154,7 @@ def test_a_snapshot_that_cannot_be_destroyed_is_a_warning_with_advice(turn):
     codes = [code for code in CODES if code not in ("HANDLE_INVALID", "HOST_IS_SLAVE")]
     for code in codes:  # one is a snapshot that is gone, the other another host to ask
         here.sim.fault("vm_destroy_error", vm=code, error_info=[code, PARAMETER])
-    result = finish(hasty(here, "host=" + here.sim.http, **IMPATIENT))
+    result = finish(hasty(here, "host=" + here.sim.http, RECOVERY=3, **IMPATIENT))
     assert result.status == 1, result
     for code in codes:
         (line,) = [line for line in result.lines if line.startswith(code + ": WARNING")]

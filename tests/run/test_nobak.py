@@ -86,8 +86,8 @@ def test_log_and_vm_cfg_tell_it(here):
 def test_preview_tells_it_and_does_not_count_it(here):
     result = here.run("preview")
     assert result.status == 0, result
-    assert result.has("disks: xvda 2.0 MiB, xvdb 5.0 MiB left out [NOBAK], xvdc 1.0 MiB;"
-                      " about 3.0 MiB to expect")
+    assert result.has("web: disk xvdb (%s) is left out" % SCRATCH)
+    assert result.has("together about 3.0 MiB to expect")
 
 
 @pytest.mark.parametrize("compress, suffix, unpack", [

@@ -7,6 +7,7 @@ import re
 import pytest
 from simulator.pool import MIB, Pool, disk, vif
 from support.harness import vmbackup
+from support.world import SERVER
 
 UNKNOWN = "MESSAGE_METHOD_UNKNOWN"
 
@@ -55,7 +56,13 @@ def not_started(here, *words):
         assert errors[0] == "ERROR - " + told["error"]
         here.report.unlink()
     assert not here.report.exists()
-    assert not here.status_log.exists()
+    if here.status_log.exists():
+        lines = [line.split(",", 3) for line in here.status_log.read_text().splitlines()]
+        assert [line[1:] for line in lines] == [
+            ["vmbackup.py", SERVER, "begin"], ["vmbackup.py", SERVER, "end,ERROR," + told["error"]]]
+        here.status_log.unlink()
+    else:
+        assert "preview" in words
     assert list(here.backups.iterdir()) == []
     here.assert_pool_is_clean()
     return errors[0]
@@ -75,24 +82,27 @@ def test_records_without_the_fields_that_came_later_or_are_gone(here):
     assert json.loads(here.report.read_text(encoding="utf-8"))["pool"] == ""
 
 
+# --- what may not ---------------------------------------------------------------------------------
+
 def test_no_snapshot_call_with_a_task(here):
     for method in ("Async.VM.snapshot", "Async.VDI.snapshot"):
         here.sim.fault("rpc_error", method=method, immediate=True, error_info=[UNKNOWN, method])
-    calls = backs_up(here)
-    for method in ("VM.snapshot", "VDI.snapshot"):
-        assert calls.count(("Async." + method, UNKNOWN)) == 1
-        assert calls.count((method, "Success")) == 1
+    result = here.run()
+    assert result.status == 2, result
+    for kind, vm in (("vm-export", "web"), ("vdi-export", "db")):
+        (line,) = [line for line in result.lines if "%s %s - ***ERROR***" % (kind, vm) in line]
+        assert UNKNOWN in line and "too old" in line
+        assert not here.folders(vm, marked=False)
+    here.assert_pool_is_clean()
 
-
-# --- what may not ---------------------------------------------------------------------------------
 
 def test_an_error_of_the_program_itself_is_one_line(here):
     """Here by records without the name, which no XAPI ever leaves out."""
     here.sim.fault("fields_missing", cls="VM", fields=["name_label"])
     for words in ([], ["preview"]):
         line = not_started(here, *words)
-        assert re.match("ERROR - internal error, please report it: KeyError at line [0-9]+:"
-                        " 'name_label'$", line)
+        assert re.match("ERROR - internal error, please report it: KeyError at line [0-9]+"
+                        " of vmbackup.py: 'name_label'$", line)
 
 
 def test_a_user_without_the_right_to_look(here):

@@ -85,7 +85,6 @@ def ticked(cell):
 
 # --- what it says of the program ---
 
-
 def test_the_table_of_settings_is_that_of_the_program():
     """Each with its default, in the order of `config`, which shows them as #name=default."""
     told = []
@@ -147,7 +146,6 @@ def test_the_example_of_retention_is_what_the_rules_keep():
 
 
 # --- what it tells to type ---
-
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_a_shell_understands_each_command(command):
@@ -228,7 +226,6 @@ def test_logrotate_takes_its_file(tmp_path):
 
 
 # --- the way through it, from the first backup to the day when the host is gone ---
-
 
 class Reader:
     """Who types what the README says, with addresses and folders of these tests."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """RESTORE.txt in each backup: its commands are run as they stand there, by a shell."""
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def test_vmbackup_and_curl_bring_a_vm_back(here, compress):
     assert done.returncode == 0, done.stdout
     assert len(here.new("VM")) == 1
     here.the_vm(NAME)
+    (rename,) = commands(text, "xe vm-param-set")  # what xe and curl make bears the snapshot's name
+    assert rename.endswith("uuid=UUID name-label=" + shlex.quote(NAME))
     here.remember()
     (curl,) = commands(text, "curl")
     done = shell(here, curl)

@@ -207,6 +207,18 @@ def test_to_a_storage_that_only_a_slave_sees(site):
     here.assert_clean()
 
 
+def test_a_vm_goes_to_the_default_storage_and_a_disk_to_that_of_the_original(turn):
+    pool = Pool()
+    pool.sr("Fast")
+    pool.vm(VM, disks=[disk(2 * MIB, "root", seed=1, sr="Fast")])
+    here = Here(turn(pool))
+    for line, sr in (("vm-export=" + VM, "Storage"), ("vdi-export=" + VM, "Fast")):
+        here.back_up(line, "max_backups=1")
+        result = here.restore()
+        assert result.status == 0, result
+        assert {one["SR"] for one in here.new("VDI").values()} == {here.sim.ref("SR", sr)}
+
+
 def test_a_vm_without_disks_and_one_that_is_small(turn):
     pool = Pool()
     pool.vm(VM)
@@ -261,6 +273,7 @@ DAMAGES = {
     "half": lambda path: os.truncate(str(path), path.stat().st_size // 2),
     "empty": lambda path: os.truncate(str(path), 0),
     "the very front": lambda path: flip(path, 3),
+    "zeros behind": lambda path: os.truncate(str(path), path.stat().st_size + 9 * MIB),
 }
 
 
@@ -285,6 +298,7 @@ def test_a_damaged_export_is_never_imported(here, damage, line, lone, tmp_path):
         return  # a flag that means nothing
     assert result.status == 2, result
     assert not result.has("restored:")
+    assert not result.has("took the import for whole")
     here.assert_nothing_new()
 
 

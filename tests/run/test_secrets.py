@@ -72,7 +72,7 @@ def test_neither_output_nor_files_nor_process_list_tell_a_secret(turn, compress)
     secret = password_file(site)
     site.configure("vm-export=web", "compress=" + compress, "pool_db_backup=1",
                    "report_json=%s" % (site.path / "report.json"))
-    process = frozen(site, [secret, site.config], after=MIB)
+    process = frozen(site, [secret, site.config], after=2 * MIB)
     listed = []
     for pid in [process.pid] + children(process.pid):
         with contextlib.suppress(FileNotFoundError):

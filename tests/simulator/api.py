@@ -421,7 +421,13 @@ def _vm_snapshot(call, vm, name, ignored):
             raise XapiError("NO_HOSTS_AVAILABLE")
         made = world.take_snapshot(
             call.world, vm, name, ignored, lambda vdi: _check_can_snapshot(call, vdi))
-    return "<value>%s</value>" % made
+    return _made(call, made, "VM", vm=simulator.names("VM", vm))
+
+
+def _made(call, ref, cls, **occasion):
+    """The value of a snapshot's task: its reference, or that of something else."""
+    wrong = call.faults.take("snapshot_wrong_ref", host=call.host, **occasion)
+    return "<value>%s</value>" % (call.db.find(cls, wrong.get("to")) if wrong else ref)
 
 
 def _snapshot_faults(call, **occasion):
@@ -544,7 +550,8 @@ def _vdi_snapshot(call, vdi, parameters):
         if not any(call.world.sees(host, record["SR"]) for host in call.world.hosts):
             raise XapiError("SR_HAS_NO_PBDS", record["SR"])
         _check_can_snapshot(call, vdi)
-        return "<value>%s</value>" % world.take_vdi_snapshot(call.world, vdi)
+        made = world.take_vdi_snapshot(call.world, vdi)
+        return _made(call, made, "VDI", vdi=call.simulator.names("VDI", vdi))
 
 
 @_method("VDI.destroy", "ref:VDI", is_async=True)

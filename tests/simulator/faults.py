@@ -80,6 +80,7 @@ CALLS.  ``method`` is e.g. "VM.snapshot" (its Async form counts as well), or "*"
     snapshot_error      VM.snapshot and VDI.snapshot fail with error_info (default
                         SR_BACKEND_FAILURE_44)
     snapshot_slow       they take ``seconds``
+    snapshot_wrong_ref  they are taken, but what is given as theirs is the reference of ``to``
     snapshot_no_ignore_vdis     VM.snapshot takes two arguments only, as before xapi 21.4
     vdi_in_use          VDI.destroy fails with VDI_IN_USE
     vm_destroy_error    VM.destroy fails with error_info
@@ -174,6 +175,7 @@ FAULTS = {
     "host_still_booting": {"error_info"},
     "snapshot_error": {"error_info"},
     "snapshot_slow": {"seconds"},
+    "snapshot_wrong_ref": {"to"},
     "snapshot_no_ignore_vdis": set(),
     "vdi_in_use": set(),
     "vm_destroy_error": {"error_info"},

@@ -233,14 +233,16 @@ class Builder:
             cpu_info={"cpu_count": "8", "socket_count": "1", "vendor": "GenuineIntel"})
 
     def sr(self, sr):
-        sees = sr.get("hosts")
+        sees, can = sr.get("hosts"), ["scan"]
+        if sr.get("content_type") != "iso":
+            can += ["vdi_create", "vdi_destroy", "vdi_resize", "update"]
+            can += ["vdi_snapshot"] if sr.get("snapshot", True) else []
         ref = self.db.insert(
             "SR", uuid=self.uuid(sr.get("uuid")), name_label=sr["name"],
             type=sr.get("type", "nfs"), content_type=sr.get("content_type", "user"),
             shared=sr.get("shared", False),
             physical_size=sr.get("size", 1 << 40), physical_utilisation=sr.get("used", 0),
-            allowed_operations=["scan"] if sr.get("content_type") == "iso" else [
-                "vdi_create", "vdi_snapshot", "vdi_destroy", "vdi_resize", "scan", "update"])
+            allowed_operations=can)
         self.srs[sr["name"]] = ref
         if not sr.get("snapshot", True):
             self.db.no_snapshot.add(ref)

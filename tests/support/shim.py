@@ -7,9 +7,15 @@ whether they name it by its path or by a descriptor of its folder, and by the sa
 
     SHIM_TREE    the folder, a path without links: nothing outside of it is concerned
     SHIM_KILL    the number of the call before which the process gets SIGKILL
+    SHIM_STOP    the same for SIGSTOP: a test may change something meanwhile
     SHIM_FAIL    the number of the call that fails instead, with the error number SHIM_ERRNO
     SHIM_CALL    "flock", "fsync", "write": all calls of that name fail with SHIM_ERRNO
     SHIM_LOG     a file that gets a line of each: the call and the path (of rename: the new one)
+
+    SHIM_NOSIZE  any value: file systems tell neither their size nor what is free (0 of 0)
+
+    SHIM_NFD     NFC/NFD: a name that holds the first is listed with the second and found by both,
+                 as by file servers that store names in another Unicode form
 
     SHIM_TIME    the time at which the process begins, in seconds since 1970
     SHIM_STANDS  it stays this second all the time
@@ -23,6 +29,7 @@ import pytest
 
 SOURCE = r"""
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -30,10 +37,12 @@ SOURCE = r"""
 #include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -75,6 +84,63 @@ static int at(int fd, const char *name)
     return inside(concerned_path);
 }
 
+/* The name as it is on disk. */
+static const char *stored(const char *name)
+{
+    static __thread char paths[2][4096];
+    static __thread int turn;
+    const char *forms = getenv("SHIM_NFD"), *listed = forms ? strchr(forms, '/') : NULL;
+    const char *found = listed && name ? strstr(name, listed + 1) : NULL;
+    if (!found)
+        return name;
+    turn ^= 1;
+    snprintf(paths[turn], sizeof paths[turn], "%.*s%.*s%s", (int)(found - name), name,
+             (int)(listed - forms), forms, found + strlen(listed + 1));
+    return paths[turn];
+}
+
+#define READDIR(call, type)                                                            \
+    struct type *call(DIR *folder)                                                     \
+    {                                                                                  \
+        static __thread struct type copy;                                              \
+        char first[256] = "";                                                          \
+        REAL(call);                                                                    \
+        struct type *entry = real(folder);                                             \
+        const char *forms = getenv("SHIM_NFD"), *listed = forms ? strchr(forms, '/') : NULL; \
+        if (!listed || !entry)                                                         \
+            return entry;                                                              \
+        snprintf(first, sizeof first, "%.*s", (int)(listed - forms), forms);           \
+        char *found = strstr(entry->d_name, first);                                    \
+        if (!found)                                                                    \
+            return entry;                                                              \
+        memcpy(&copy, entry, offsetof(struct type, d_name));                           \
+        snprintf(copy.d_name, sizeof copy.d_name, "%.*s%s%s", (int)(found - entry->d_name), \
+                 entry->d_name, listed + 1, found + strlen(first));                    \
+        return &copy;                                                                  \
+    }
+READDIR(readdir, dirent)
+READDIR(readdir64, dirent64)
+
+#define STATAT(call, type)                                                             \
+    int call(int fd, const char *path, struct type *told, int flags)                   \
+    {                                                                                  \
+        REAL(call);                                                                    \
+        return real(fd, stored(path), told, flags);                                    \
+    }
+#define BY_NAME(result, call, parameters, arguments)                                    \
+    result call parameters                                                             \
+    {                                                                                  \
+        REAL(call);                                                                    \
+        return real arguments;                                                         \
+    }
+BY_NAME(DIR *, opendir, (const char *path), (stored(path)))
+BY_NAME(int, stat, (const char *path, struct stat *told), (stored(path), told))
+BY_NAME(int, lstat, (const char *path, struct stat *told), (stored(path), told))
+BY_NAME(int, stat64, (const char *path, struct stat64 *told), (stored(path), told))
+BY_NAME(int, lstat64, (const char *path, struct stat64 *told), (stored(path), told))
+STATAT(fstatat, stat)
+STATAT(fstatat64, stat64)
+
 static int number(const char *name)
 {
     return getenv(name) ? atoi(getenv(name)) : 0;
@@ -93,6 +159,8 @@ static int step(const char *call, int concerned, int counted)
     int now = counted ? __sync_add_and_fetch(&steps, 1) : -1;
     if (now == number("SHIM_KILL"))
         kill(getpid(), SIGKILL);
+    if (now == number("SHIM_STOP"))
+        kill(getpid(), SIGSTOP);
     const char *all = getenv("SHIM_CALL");
     if (now != number("SHIM_FAIL") && !(all && !strcmp(all, call)))
         return 0;
@@ -112,10 +180,12 @@ static int step(const char *call, int concerned, int counted)
             return -1;                                                                 \
         return real arguments;                                                         \
     }
-OPEN(open, (const char *path, int flags, ...), (path, flags, mode), at(AT_FDCWD, path))
-OPEN(open64, (const char *path, int flags, ...), (path, flags, mode), at(AT_FDCWD, path))
-OPEN(openat, (int fd, const char *path, int flags, ...), (fd, path, flags, mode), at(fd, path))
-OPEN(openat64, (int fd, const char *path, int flags, ...), (fd, path, flags, mode), at(fd, path))
+OPEN(open, (const char *path, int flags, ...), (stored(path), flags, mode), at(AT_FDCWD, path))
+OPEN(open64, (const char *path, int flags, ...), (stored(path), flags, mode), at(AT_FDCWD, path))
+OPEN(openat, (int fd, const char *path, int flags, ...), (fd, stored(path), flags, mode),
+     at(fd, path))
+OPEN(openat64, (int fd, const char *path, int flags, ...), (fd, stored(path), flags, mode),
+     at(fd, path))
 
 ssize_t write(int fd, const void *data, size_t size)
 {
@@ -137,20 +207,35 @@ ssize_t write(int fd, const void *data, size_t size)
         return step(told, concerned, 1) ? -1 : real arguments;                         \
     }
 SIMPLE("mkdir", mkdir, (const char *path, mode_t mode), (path, mode), at(AT_FDCWD, path))
-SIMPLE("mkdir", mkdirat, (int fd, const char *path, mode_t mode), (fd, path, mode), at(fd, path))
+SIMPLE("mkdir", mkdirat, (int fd, const char *path, mode_t mode), (fd, stored(path), mode),
+       at(fd, path))
 SIMPLE("rename", rename, (const char *from, const char *to), (from, to), at(AT_FDCWD, to))
 SIMPLE("rename", renameat, (int old, const char *from, int new, const char *to),
-       (old, from, new, to), at(new, to))
+       (old, stored(from), new, stored(to)), at(new, to))
 SIMPLE("link", link, (const char *from, const char *to), (from, to), at(AT_FDCWD, to))
 SIMPLE("link", linkat, (int old, const char *from, int new, const char *to, int flags),
        (old, from, new, to, flags), at(new, to))
 SIMPLE("unlink", unlink, (const char *path), (path), at(AT_FDCWD, path))
 SIMPLE(flags & AT_REMOVEDIR ? "rmdir" : "unlink", unlinkat,
-       (int fd, const char *path, int flags), (fd, path, flags), at(fd, path))
+       (int fd, const char *path, int flags), (fd, stored(path), flags), at(fd, path))
 SIMPLE("rmdir", rmdir, (const char *path), (path), at(AT_FDCWD, path))
 SIMPLE("fsync", fsync, (int fd), (fd), inside_fd(fd))
 SIMPLE("fsync", fdatasync, (int fd), (fd), inside_fd(fd))
 SIMPLE("flock", flock, (int fd, int operation), (fd, operation), inside_fd(fd))
+
+#define STATVFS(call, parameters, arguments)                                     \
+    int call parameters                                                                \
+    {                                                                                  \
+        REAL(call);                                                                    \
+        int result = real arguments;                                                   \
+        if (!result && getenv("SHIM_NOSIZE"))                                          \
+            told->f_blocks = told->f_bfree = told->f_bavail = 0;                       \
+        return result;                                                                 \
+    }
+STATVFS(statvfs, (const char *path, struct statvfs *told), (path, told))
+STATVFS(fstatvfs, (int fd, struct statvfs *told), (fd, told))
+STATVFS(statvfs64, (const char *path, struct statvfs64 *told), (path, told))
+STATVFS(fstatvfs64, (int fd, struct statvfs64 *told), (fd, told))
 
 static int jump(clockid_t clock)
 {

@@ -20,7 +20,7 @@ from support.tally import Ledger, is_good, tree
 
 SERVER = socket.gethostname().split(".")[0]  # as status log and reports call this machine
 WRONG = "00" * 32  # the fingerprint of no certificate
-IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_PAUSES": (0, 0.1), "DETACH_PAUSES": (0.1, 0.2)}
+IMPATIENT = {"TASK_ENDS": 0.5, "FAILURE_ENDS": 0.5, "DETACH_PAUSES": (0.1, 0.2), "RECOVERY": 1}
 
 
 def wait_until(condition):
@@ -80,9 +80,9 @@ def one_vm(size=2 * MIB, hosts=1):
     return pool
 
 
-def pool_of(*names, size=MIB, **fields):
+def pool_of(*names, size=MIB, power_state="Running", **fields):
     """A pool of VMs with one disk each, xvda, which has the VM's name and bytes of its own."""
-    pool = Pool()
+    pool, fields = Pool(), dict(fields, power_state=power_state)
     for name in names:
         pool.vm(name, disks=[disk(size, name, seed=name, device="xvda")], **fields)
     return pool
