@@ -18,20 +18,20 @@ What it promises:
 What it can destroy, and where:
   * on disk: marked backups that no rule of retention keeps and this program's own unfinished
     folders, never the newest whole backup, nothing with a foreign file in it (remove_folder);
-    pool database dumps beyond max_backups (Run._dump); extract, restore and the reports replace
-    only what they made
-  * on the pool: snapshots proved to be this program's (Snapshot._attempt), and what a restore of
-    this program made and did not finish (restore's debris, by its import_task)
+    pool database dumps beyond max_backups (Run._dump); unfinished images of extract (Images)
+  * on the pool: snapshots proved to be this program's (Snapshot._attempt; on hosts before 21.4.0
+    their disks that are left out, too: Snapshot._make_ready), and what a restore of this program
+    made and did not finish, known by its import_task (clear)
 
 What it does not promise: that the guest's applications were quiet (snapshots are crash
 consistent), that an XVA fits an older XAPI, or anything about time: see the README.
 
 The rooms, each built on those above it:
-  errors and texts · settings · password and hosts · selection · names, folders and retention ·
-  proofs                                             pure, or with nothing but files
-  the watchman · the XAPI client · streams · saving  the one way to a host
-  snapshot, target, the plan · the backup of one VM · choice and preview · the run
-  restore · list and check · verify and extract · reports · the command line
+  errors and texts, settings, password and hosts, selection, names, folders and retention, proofs:
+  pure, or with nothing but files; the watchman, the XAPI client, streams, from stream to disk: the
+  one way to a host; snapshot, target, the plan; RESTORE.txt; the backup of one VM; choice and
+  preview; the run (which hands itself to those two); restore; list and check; verify and extract;
+  reports; the command line.
 
 Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
 """
@@ -46,7 +46,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -62,9 +61,7 @@ import socket
 import ssl
 import stat
 import struct
-import subprocess
 import sys
-import tarfile
 import termios
 import threading
 import time
@@ -396,7 +393,7 @@ def parse_time(name, pattern):
             moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
-    sane = 1970 <= moment.year < 9999  # or some zones cannot tell it
+    sane = 1969 <= moment.year < 9999  # what each zone can tell; 1969 begins 1970 in the west
     return moment if sane and moment.strftime(pattern) == name else None
 
 
@@ -819,6 +816,7 @@ class Folder(NamedTuple):
     error: str = ""  # why it cannot be read
     foreign: Any = None  # the first name that is not ours (judge looks closer)
     label: str = ""  # name_label of vm.cfg
+    made: Any = None  # when, by its run's clock: `created` is the order, which only ever rises
 
 
 EXPORT = re.compile(r"(?!\._)(.*)\.(xva|xva\.gz|xva\.zst|raw|vhd)\Z", re.DOTALL)
@@ -926,7 +924,9 @@ def scan(vm_fd, patterns, vm=None):
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
         moment = next(filter(None, moments), None)
         with contextlib.suppress(OSError, OverflowError, ValueError):
-            item = Folder(name, moment.timestamp(), date=moment.date()) if moment else item
+            if moment:
+                then = moment.timestamp()
+                item = Folder(name, then, date=moment.date(), made=then)
         ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
@@ -940,13 +940,13 @@ def scan(vm_fd, patterns, vm=None):
 
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, date, cfg, size = os.listdir(fd), item.created, item.date, {}, 0
+    inside, created, made, date = os.listdir(fd), item.created, item.made, item.date
     marker, text = read_marker(fd, inside)
-    told = re.match(rb"created=([0-9]{1,11})\n", text)
-    if told:  # the moment in UTC: right through changes of the clock and of the zone
-        created = float(told.group(1))
-        made = datetime.date.fromtimestamp(created)
-        date = min(date or made, made)  # a second one of a day may bear the next day's name
+    told, cfg, size = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text), {}, 0
+    if told:  # in UTC: right through changes of the clock and of the zone
+        created, made = float(told.group(1)), float(told.group(2) or told.group(1))
+        day = datetime.date.fromtimestamp(made)
+        date = min(date or day, day)  # a second one of a day may bear the next day's name
     other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
     exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
     export = min(exports, default=None)
@@ -962,7 +962,7 @@ def _look(fd, item, vm):
     unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
     return Folder(item.name, created, marker, unfinished, pinned, export, size,
                   cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
-                  cfg.get("name_label", ""))
+                  cfg.get("name_label", ""), made)
 
 
 def read_marker(fd, inside):
@@ -1126,7 +1126,7 @@ def _delete(fd, tree):
 # ============================== proofs ==============================
 # A proof reads an export's pieces (memoryviews, each valid until the next is asked for) to the end
 # and returns what it proved, in phrases; one that begins with NOT names what it could not. Bytes
-# that cannot be a whole export raise ArchiveError. Nothing here touches network or disk.
+# that cannot be a whole export raise ArchiveError. No network here, and no file of a backup.
 
 ROUNDING = 2 * MIB  # by so much may a disk come larger than its virtual_size: the host rounds up
 METADATA_LIMIT = 256 * MIB  # bytes of an ova.xml
@@ -1491,6 +1491,8 @@ def has_zstd():
 def unzstd(pieces):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0. A thread of
     its own reads the pieces; it and the child are gone when this generator is."""
+    import subprocess
+
     if not has_zstd():
         raise BackupError("nothing here can decompress it: install the command zstd")
     buffer = memoryview(bytearray(MIB))
@@ -1979,6 +1981,12 @@ class Xapi:
                         raise
         return found
 
+    def pool(self):
+        """The pool's record."""
+        for pool in self.all("pool").values():
+            return pool
+        raise BackupError("the host tells of no pool")
+
     def wait_for(self, task, patience, doing, heed=True):
         """The record of a task once it has ended, None if it is gone.
 
@@ -2038,7 +2046,7 @@ class Xapi:
     def master(self):
         """The Endpoint of the pool master: this one, but for the socket of a slave, where calls
         are forwarded and streams are not."""
-        pool = next(iter(self.all("pool").values()))  # it logs in where that was not done yet
+        pool = self.pool()  # it logs in where that was not done yet
         if self.endpoint.address.scheme != "unix" or (
                 self.call("session.get_this_host", self.handle) == pool["master"]):
             return self.endpoint
@@ -2719,9 +2727,10 @@ class Snapshot:
         return name.replace(" ", "-")
 
     def __enter__(self):
-        self.sweep()
+        known = self.sweep()
         self._outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
-        known = set(self._xapi.call(self._kind + ".get_snapshots", self._source))
+        if not self.of_vm:
+            known = self._xapi.call("VDI.get_snapshots", self._source)
         try:
             self.ref = self._take()
             self.record = self._prove(self.ref, known)
@@ -2762,7 +2771,8 @@ class Snapshot:
         return prover(file, size, [disk.vdi["uuid"] for disk in self.disks])
 
     def sweep(self):
-        """Destroys what a killed run left on the pool, and nothing else."""
+        """Destroys what a killed run left on the pool, and nothing else. Returns the refs of the
+        VM's snapshots that were there."""
         snapshots = self._xapi.call("VM.get_snapshots", self._plan.ref)
         for ref, record in self._xapi.records("VM", snapshots).items():
             if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
@@ -2774,6 +2784,7 @@ class Snapshot:
                 if is_ours(record, disk.ref, self._disk_name(disk)):
                     self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
                     self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
+        return snapshots
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
@@ -3045,9 +3056,12 @@ def open_vm_folder(name, top):
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise Refused("%s is a symbolic link or no folder: refused" % name) from None
         raise
-    if nfc(name) not in map(nfc, os.listdir(top)):
-        os.close(fd)
-        raise Refused("%s belongs to a VM whose name differs only in case" % name)
+    with contextlib.suppress(OSError):  # FileNotFoundError where case counts
+        twin = os.stat(name.swapcase(), dir_fd=top, follow_symlinks=False)
+        folds = name.swapcase() != name and os.path.samestat(os.fstat(fd), twin)
+        if folds and nfc(name) not in map(nfc, os.listdir(top)):
+            os.close(fd)
+            raise Refused("%s belongs to a VM whose name differs only in case" % name)
     return fd
 
 
@@ -3070,7 +3084,7 @@ class Target:
         self._outcome, self._token = outcome, new_token()
         self._made_vm = self._published = False
         self._vm_fd = self._unfinished = None
-        self._subfolders, self._touched = {}, 0.0
+        self._touched = 0.0
         self.fd = self.name = None  # of the new backup's folder
         self.sums = []  # (file below the folder, SHA-256)
 
@@ -3080,34 +3094,37 @@ class Target:
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
             self._vm_fd = open_vm_folder(self._vm, self._top)
-            self._clear()
-            self.folders = scan(self._vm_fd, self._patterns, self._vm)
+            self.folders = self._clear()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def _clear(self):
-        """Unfinished backups of runs that are over go; those of living runs stay."""
-        foreign = []
+        """Unfinished backups of runs that are over go; those of living runs stay. Returns the
+        Folders that are left."""
+        foreign, left = [], []
         for item in scan(self._vm_fd, self._patterns, self._vm):
             begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
-            if begun or (item.unfinished and item.created is not None):
-                self._clear_one(item.name)
-            elif item.created is None or not item.marker:
-                foreign.append(item.name)
+            if not begun and not (item.unfinished and item.created is not None):
+                left.append(item)
+                if item.created is None or not item.marker:
+                    foreign.append(item.name)
+            elif not self._clear_one(item.name):
+                left.append(item)
         for name in foreign[:5]:
             self._outcome.say("%s is no backup of this program: left alone" % name)
         if foreign[5:]:
             self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
+        return left
 
     def _clear_one(self, name):
         writer = writer_of(self._vm_fd, name, self._token, self._lock.now())
         if writer:
             self._outcome.warn("%s is %s: left alone" % (name, writer))
-        else:
-            self._outcome.say("removing the unfinished backup %s" % name)
-            self._remove(name)
+            return False
+        self._outcome.say("removing the unfinished backup %s" % name)
+        return self._remove(name)
 
     def _remove(self, name):
         try:
@@ -3119,19 +3136,20 @@ class Target:
 
     def prune(self, policy, uuid, pre_clean=False):
         """Deletes what the rules of retention do not keep, and nothing while a restore reads."""
+        doomed = None
         try:
             folders = scan(self._vm_fd, self._patterns, self._vm)
             doomed = expired(folders, policy, self.name, uuid, pre_clean)
-            if not doomed:
-                return
+            # Where nothing goes, it takes away the lock of a run that was killed.
             with Lock(self._top, self._lock_name, "read.lock"):
                 for name in doomed:
                     self._outcome.say("deleting the oldest backup %s" % name)
                     if self._remove(name):
                         self._outcome.pruned.append(name)
         except (OSError, LockedError) as error:
-            self._outcome.warn("old backups of this VM are not deleted this time: %s"
-                               % describe(error))
+            if doomed != []:
+                self._outcome.warn("old backups of this VM are not deleted this time: %s"
+                                   % describe(error))
 
     def begin(self, pattern):
         """Makes the folder of the new backup: under a name that tells its run, then renamed, so
@@ -3139,7 +3157,8 @@ class Target:
         begun = ".%s.partial" % self._token
         os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
         self.name, self.fd = begun, open_folder(begun, self._vm_fd)
-        self._unfinished = self._create(UNFINISHED, self._token.encode("ascii") + b"\n")
+        self._unfinished = self._create(
+            UNFINISHED, self._token.encode("ascii") + b"\n", self.fd)
         moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
         while self.name == begun:
             name = native(moment.strftime(pattern))
@@ -3162,10 +3181,10 @@ class Target:
             with contextlib.suppress(OSError):  # published meanwhile
                 os.utime(UNFINISHED, dir_fd=fd, follow_symlinks=False)
 
-    def _create(self, name, data, dir_fd=None):
+    def _create(self, name, data, dir_fd):
         """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self.fd if dir_fd is None else dir_fd)
+        fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
         try:
             view = memoryview(data)
             while len(view):
@@ -3179,11 +3198,14 @@ class Target:
     def write(self, file, text):
         """Writes a small file of the backup, `NAME` or `FOLDER/NAME`, and keeps its SHA-256."""
         folder, _, name = file.rpartition("/")
-        if folder and folder not in self._subfolders:
-            os.mkdir(native(folder), 0o700, dir_fd=self.fd)
-            self._subfolders[folder] = open_folder(native(folder), self.fd)
+        if folder:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(native(folder), 0o700, dir_fd=self.fd)
         data = utf8(text)
-        os.close(self._create(native(name), data, self._subfolders.get(folder)))
+        with opened(native(folder or "."), self.fd) as fd:
+            os.close(self._create(native(name), data, fd))
+            if folder:  # that of the backup is flushed when it is published
+                sync(fd)
         self.sums.append((file, hashlib.sha256(data).hexdigest()))
 
     def publish(self, file, saved, backup_dir):
@@ -3194,18 +3216,17 @@ class Target:
         for name, value in [(file, saved.digest)] + self.sums:
             escaped = name.replace("\\", "\\\\")  # as sha256sum does
             lines.append("%s%s  %s\n" % ("\\" if escaped != name else "", value, escaped))
-        os.close(self._create("SHA256SUMS", utf8("".join(lines))))
-        for fd in list(self._subfolders.values()) + [self.fd]:
-            sync(fd)
-        now = int(time.time())  # what lies far ahead of it is of a wrong clock, and no measure
-        earlier = [item.created for item in backups(scan(self._vm_fd, self._patterns, self._vm))
-                   if item.created < now + AHEAD]
+        os.close(self._create("SHA256SUMS", utf8("".join(lines)), self.fd))
+        sync(self.fd)
+        earlier = [item.created for item in backups(self.folders)]
+        now = int(time.time())
         created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
         path = os.path.join(backup_dir, self._vm, self.name)
         if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
                 UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
             raise BackupError("%s is another run's by now: not published" % path)
-        text = "created=%d\n%s\n" % (created, self._token)
+        # The order rises even if the clock was set back; ages are told by the clock itself.
+        text = "created=%d\nmade=%d\n%s\n" % (created, now, self._token)
         os.pwrite(self._unfinished, text.encode("ascii"), 0)
         os.fsync(self._unfinished)
         os.rename(UNFINISHED, MARKERS[0], src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -3230,7 +3251,7 @@ class Target:
         except OSError as error:
             self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
         finally:
-            descriptors = list(self._subfolders.values()) + [self._unfinished, self.fd, self._vm_fd]
+            descriptors = (self._unfinished, self.fd, self._vm_fd)
             self.fd = None
             for fd in descriptors:
                 if fd is not None:
@@ -3238,6 +3259,90 @@ class Target:
             if self._made_vm and not self._published:
                 with contextlib.suppress(OSError):  # an empty folder only
                     os.rmdir(self._vm, dir_fd=self._top)
+
+
+# ============================== RESTORE.txt ==============================
+
+NOTE = """\
+This folder holds a backup of {what} {name} (uuid {uuid}),
+taken by vmbackup from the pool {pool} at the host {host}.
+
+  export    {export}
+  memory    {memory}, {vcpus}
+{disks}{networks}  storage   {sr_name} (uuid {sr})
+
+If the host is gone, first:
+  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
+  2. Attach the storage, and create the networks under the names above: a restored VM finds them
+     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
+  3. Make sure that the backup is whole, in this folder:
+       sha256sum -c SHA256SUMS
+{caution}
+Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
+storage repository may be another one.
+
+1. With vmbackup, from any machine; it proves the export while it sends it:
+       vmbackup.py restore - {folder} host={address} sr={sr}
+
+2. With xe, in a dom0 that sees this folder:
+       cd {folder}
+{xe}
+3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
+   the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
+       cd {folder}
+{curl}
+Without any host, the disks as images:
+{images}"""
+WHOLE = ("""\
+  4. Never start the restored VM while the original runs: two machines of one name and address.
+     MAC addresses are new unless asked for (preserve=true).
+""", """\
+       xe vm-import filename={file} sr-uuid={sr}
+     So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
+       xe vm-param-set uuid=UUID name-label={vm}
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
+""", """\
+       vmbackup.py extract {folder} to=.
+""")
+ONE_DISK = ("""\
+  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
+     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+""", """\
+       xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
+     With the uuid that it prints in place of VDI, and that of the VM in place of VM:
+       xe vdi-import uuid=VDI filename={file} format={form}
+       xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
+""", """\
+       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
+     VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
+""", """\
+       qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
+""")
+
+
+def restore_note(facts):
+    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
+    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
+    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
+    form = facts.file.rpartition(".")[2]
+    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
+    words = {
+        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
+        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
+        "label": shlex.quote(facts.name + "-restored"), "form": form,
+        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
+    return NOTE.format(
+        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
+        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
+        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
+        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
+        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
+        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
+            label, size_text(size), size, printable(name), uuid)
+            for label, name, size, uuid in facts.disks),
+        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
+                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== the backup of one VM ==============================
@@ -3392,6 +3497,7 @@ def cfg(record, keys, more):
 
 def fetch_ova(xapi, ref, activity):
     """The ova.xml of the VM's /export_metadata, indented where it is not huge."""
+    import tarfile
     from xml.dom import minidom
 
     query, data = {"ref": ref, "export_snapshots": "false"}, bytearray()
@@ -3411,90 +3517,6 @@ def fetch_ova(xapi, ref, activity):
             return minidom.parseString(text).toprettyxml("  ")  # noqa: S318
     except Exception as error:  # tarfile and expat raise nearly anything at other bytes
         raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
-
-
-# ============================== RESTORE.txt ==============================
-
-NOTE = """\
-This folder holds a backup of {what} {name} (uuid {uuid}),
-taken by vmbackup from the pool {pool} at the host {host}.
-
-  export    {export}
-  memory    {memory}, {vcpus}
-{disks}{networks}  storage   {sr_name} (uuid {sr})
-
-If the host is gone, first:
-  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
-  2. Attach the storage, and create the networks under the names above: a restored VM finds them
-     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
-  3. Make sure that the backup is whole, in this folder:
-       sha256sum -c SHA256SUMS
-{caution}
-Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
-storage repository may be another one.
-
-1. With vmbackup, from any machine; it proves the export while it sends it:
-       vmbackup.py restore - {folder} host={address} sr={sr}
-
-2. With xe, in a dom0 that sees this folder:
-       cd {folder}
-{xe}
-3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
-   the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
-       cd {folder}
-{curl}
-Without any host, the disks as images:
-{images}"""
-WHOLE = ("""\
-  4. Never start the restored VM while the original runs: two machines of one name and address.
-     MAC addresses are new unless asked for (preserve=true).
-""", """\
-       xe vm-import filename={file} sr-uuid={sr}
-     So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
-       xe vm-param-set uuid=UUID name-label={vm}
-""", """\
-       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
-""", """\
-       vmbackup.py extract {folder} to=.
-""")
-ONE_DISK = ("""\
-  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
-     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
-""", """\
-       xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
-     With the uuid that it prints in place of VDI, and that of the VM in place of VM:
-       xe vdi-import uuid=VDI filename={file} format={form}
-       xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
-""", """\
-       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
-     VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
-""", """\
-       qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
-""")
-
-
-def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
-    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
-    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
-    form = facts.file.rpartition(".")[2]
-    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
-    words = {
-        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
-        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
-        "label": shlex.quote(facts.name + "-restored"), "form": form,
-        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
-    return NOTE.format(
-        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
-        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
-        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
-        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
-        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
-        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-            label, size_text(size), size, printable(name), uuid)
-            for label, name, size, uuid in facts.disks),
-        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                         for device, name, mac in facts.networks), **words)
 
 
 # ============================== choice and preview ==============================
@@ -3731,8 +3753,8 @@ def free_bytes(path):
 def run_table(run):
     """Lines of the table of what became of each VM: the failed ones first, the totals last."""
     order, rows = list(RESULTS), [["VM", "result", "size", "time", "rate", "note"]]
-    items = [("pool database", run.pool_database)] if run.pool_database else []
-    items += [(item.name, item) for item in run.outcomes]
+    items = [("pool database" if item is run.pool_database else item.name, item)
+             for item in run.results()]
     items.sort(key=lambda pair: (order.index(pair[1].result), pair[0].lower()))
     for name, item in items:
         if item.error:  # nothing is as important as the reason: it takes the other columns, too
@@ -3796,7 +3818,7 @@ class Run:
             self.log("***WARNING - tls_verify=False: the host's certificate is not checked")
         xapi.connect()
         self.watch.check()
-        pool = next(iter(xapi.all("pool").values()))
+        pool = xapi.pool()
         self.host, self.pool = str(xapi.endpoint), pool.get("name_label", "")
         return candidates(xapi, self.log)
 
@@ -3986,8 +4008,12 @@ class Run:
             return "NOTE - %s tells no size: whether backups will fit is not checked" % path
         return "%s total %s, used %s, free %s" % ((path,) + tuple(map(size_text, usage)))
 
+    def results(self):
+        """The Outcomes so far: that of the pool database, then those of the VMs."""
+        return [item for item in [self.pool_database] if item] + self.outcomes
+
     def counts(self):
-        """(S, W, E, skipped): E counts the pool database too."""
+        """(S, W, E, skipped): of the pool database only E counts."""
         results = collections.Counter(item.result for item in self.outcomes)
         failed = bool(self.pool_database and self.pool_database.error)
         return (results["SUCCESS"], results["WARNING"], results["ERROR"] + failed,
@@ -3997,10 +4023,10 @@ class Run:
         """0 all good, 1 warnings, 2 errors, 4 if all that was to be done was locked, 128+n."""
         if self.watch.signum:
             return 128 + self.watch.signum
-        done = self.outcomes + [item for item in [self.pool_database] if item]
-        if any(item.error for item in done):
-            return 4 if all(item.locked for item in done) else 2
-        return 1 if self.settings.warnings or any(item.warnings for item in done) else 0
+        if any(item.error for item in self.results()):
+            return 4 if all(item.locked for item in self.results()) else 2
+        warned = any(item.warnings for item in self.results())
+        return 1 if self.settings.warnings or warned else 0
 
 
 # ============================== restore ==============================
@@ -4067,7 +4093,7 @@ def restore(wish, xapi, log):
     with contextlib.ExitStack() as stack:
         source = find_source(wish, log, stack)
         xapi.connect()
-        pool = next(iter(xapi.all("pool").values()))
+        pool = xapi.pool()
         source.places.append(stack.enter_context(opened(ELSEWHERE)))
         for place in [] if wish["preview"] else source.places:
             sweep(xapi, place, pool["uuid"], log)
@@ -4096,7 +4122,8 @@ def find_source(wish, log, stack):
             above, name = os.path.split(path)
             top, vm = os.path.split(above)
         if file and not set(MARKERS).intersection(os.listdir(path)):
-            lone = Folder(None, os.stat(wish["path"]).st_mtime, export=file)
+            made = os.stat(wish["path"]).st_mtime
+            lone = Folder(None, made, export=file, made=made)
             return read_source(stack.enter_context(opened(path)), lone, [], stack)
         top_fd = stack.enter_context(opened(top))
         try:
@@ -4139,7 +4166,7 @@ def read_source(fd, item, places, stack):
         file=file, file_name=export, size=os.fstat(file.fileno()).st_size, digest=sums.get(export),
         form=form, kind="VDI" if form else "VM", places=places, label=item.name or export,
         disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
-        date=datetime.datetime.fromtimestamp(item.created), uuid=vm.get("orig_uuid", ""),
+        date=datetime.datetime.fromtimestamp(item.made), uuid=vm.get("orig_uuid", ""),
         name=vm.get("name_label") or vm_name(stem))
 
 
@@ -4353,6 +4380,10 @@ def finish(xapi, source, plan, ref, record, log):
             " bootable=false" % record["uuid"])
         log("  xe vbd-plug uuid=VBD  (if the VM runs)")
         return
+    others = [vm["name_label"] for other, vm in xapi.all("VM").items()
+              if other != ref and not vm["is_a_snapshot"]]
+    while plan.name in others:  # another restore was quicker
+        plan.name += "-2"
     xapi.call("VM.set_name_label", ref, plan.name)
     xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
         source.label, record["name_description"])).strip())
@@ -4381,14 +4412,15 @@ def write_note(places, name, facts, log):
     for place in places:
         try:
             fd = os.open(name, flags, 0o600, dir_fd=place)
-            with contextlib.suppress(OSError):  # no locks here
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # where there are no locks, the next place serves
             os.write(fd, json.dumps(facts).encode("ascii"))
             os.fsync(fd)
             os.stat(name, dir_fd=place)  # another restore may have swept it away, still empty
             sync(place)
             return place, fd
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=place)
             log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
     raise BackupError("the restore cannot be noted")
 
@@ -4519,7 +4551,7 @@ def take_stock(top, settings, watch):
                 with opened(name, fd) as vm_fd:
                     shelves.append(_shelf(vm_fd, name, patterns))
             except OSError as error:
-                if error.errno != errno.ENOTDIR and name != "lost+found":
+                if error.errno not in ABSENT and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
         shelves = [item for item in shelves if item.found or item.error]
         if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
@@ -4556,16 +4588,16 @@ def _odd(item):
         item.error and "unreadable: " + item.error, item.unfinished and "unfinished",
         alien and "foreign", item.foreign and "foreign: " + printable(item.foreign),
         item.marker and not whole(item) and "no export", item.pinned and "pinned",
-        (item.created or 0) > time.time() + AHEAD and "from the future") if text]
+        (item.made or 0) > time.time() + AHEAD and "from the future") if text]
 
 
 def _facts(item, key):
     """What JSON tells of a backup, or of none; key: how its date is called."""
     if not item:
         return {key: None, "age_seconds": None, "kind": None, "file": None, "bytes": 0}
-    moment = datetime.datetime.fromtimestamp(int(item.created)).astimezone()
+    moment = datetime.datetime.fromtimestamp(int(item.made)).astimezone()
     kind = "vdi-export" if (item.export or "").endswith((".raw", ".vhd")) else "vm-export"
-    return {key: moment.isoformat(), "age_seconds": int(time.time() - item.created),
+    return {key: moment.isoformat(), "age_seconds": int(time.time() - item.made),
             "kind": kind if item.export else None,
             "file": item.export and from_argv(item.export), "bytes": item.size}
 
@@ -4696,7 +4728,7 @@ def _check(words, log, watch):
 def _judge(vm, shelves, warn, crit):
     """(place in the order, exit status, name, age in seconds or None, text) of one VM."""
     errors = [item.error for shelf in shelves for item in [shelf] + shelf.found if item.error]
-    made = [item.created for shelf in shelves for item in backups(shelf.found)]
+    made = [item.made for shelf in shelves for item in backups(shelf.found)]
     age, text, status = None, "never", 2
     if made:
         age = int(time.time() - max(made))
@@ -5157,6 +5189,14 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
+    with opened(os.path.dirname(run.settings.metrics_file) or ".") as folder:
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another run's series are not lost
+        replace_file(run.settings.metrics_file, metrics(run).encode("utf-8"), 0o644)
+
+
+def metrics(run):
+    """The text of metrics_file."""
     settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
@@ -5182,7 +5222,7 @@ def write_metrics(run):
         lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
                   for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
-    replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
+    return "\n".join(lines) + "\n"
 
 
 def vm_metrics(run, item):
@@ -5202,7 +5242,7 @@ def vm_metrics(run, item):
             return told  # what the file knew of the disk stays
     newest = found[-1] if found else None
     return dict(told, backups=len(found), last_size_bytes=newest and newest.size,
-                last_success_timestamp_seconds=newest and int(newest.created))
+                last_success_timestamp_seconds=newest and int(newest.made))
 
 
 def send_mail(run):
@@ -5227,8 +5267,8 @@ def send_mail(run):
              "%s, %s, exit status %d" % (run.start.strftime("%Y-%m-%d %H:%M:%S"), time_text(
                  time.monotonic() - run.begin), run.exit_status), ""]
     lines += run.error.split("\n") + [""] if run.error else []
-    lines += run_table(run) if run.outcomes or run.pool_database else []
-    items = ([run.pool_database] if run.pool_database else []) + run.outcomes
+    items = run.results()
+    lines += run_table(run) if items else []
     again = " (one VM again: vmbackup.py - %s only=NAME)" % settings.config_file
     for head, texts in (
             ("Failed" + (again if settings.config_file else ""),
@@ -5577,6 +5617,8 @@ def parse_selector(text):
 
 def check_packages():
     """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
+    import importlib.util
+
     for module in ("XenAPI", "requests"):
         if importlib.util.find_spec(module) is None:
             raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
