@@ -21,7 +21,8 @@ from tools import counter  # noqa: E402
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for all children, even if these tests run by nohup
 
-LONG = ("test_death_and_signals.py", "test_of_the_host.py", "test_preview.py", "test_mail.py")
+LONG = ("test_death_and_signals.py", "test_of_the_host.py", "test_preview.py", "test_mail.py",
+        "test_benchmark.py")
 
 
 def pytest_configure(config):

@@ -50,7 +50,8 @@ def probe(path):
 def interpreters():
     """{(3, 6): Interpreter, ...}: one for each version on this machine, lowest first.
 
-    Looked for: the Python that runs this, python3 and python3.X on PATH, and what pyenv installed.
+    Looked for: the Python that runs this, python3 and python3.X on PATH, and what pyenv installed;
+    not the environments made here, which would be cleared to be made of themselves.
     """
     candidates = [Path(sys.executable)]
     for folder in os.get_exec_path():
@@ -58,6 +59,8 @@ def interpreters():
                        if re.match(r"python3(\.\d+)?$", path.name)]
     pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser()
     candidates += sorted(pyenv.glob("versions/*/bin/python"))
+    made = (ROOT / ".venv").resolve()
+    candidates = [path for path in candidates if made not in path.parent.resolve().parents]
     found = {}
     for interpreter in filter(None, map(probe, candidates)):
         if interpreter.version >= LOWEST:
