@@ -2,7 +2,6 @@
 """Hosts that lack calls, fields or rights: a backup is made where one can be, else one line says
 why not."""
 import json
-import re
 
 import pytest
 from simulator.pool import MIB, Pool, disk, vif
