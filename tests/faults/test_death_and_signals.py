@@ -24,6 +24,7 @@ KINDS = ("vm-export", "vdi-export")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_call(turn, tmp_path, tally, kind):
     """SIGKILL comes when the host has got a call and before it carries it out, which it does all

@@ -175,6 +175,7 @@ def test_nohup(turn):
     assert len(here.folders("web")) == 1
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("words, method, skip", [
     ((), "session.login_with_password", 0), (("preview",), "pool.get_all_records", 0),
     ((), "*", 3), (("preview",), "*", 4)])

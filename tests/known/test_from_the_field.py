@@ -59,6 +59,7 @@ def goes_away(site, method, moment, logins):
     site.sim.fault("login_error", error_info=["HOST_STILL_BOOTING"], times=logins, skip=1)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("method, moment", [("{}.add_to_other_config", "before"),
                                             ("{}.snapshot", "after")])

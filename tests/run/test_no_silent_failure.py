@@ -3,10 +3,12 @@
 import base64
 import os
 import re
+import subprocess
+import sys
 import tempfile
 
 import pytest
-from support.harness import vmbackup
+from support.harness import ROOT, vmbackup
 from support.world import pool_of
 
 LOGINS = {"session.login_with_password"}
@@ -357,14 +359,16 @@ def test_zstd_that_nothing_here_can_prove_is_refused(turn, tmp_path):
 
 def test_a_fault_of_the_program_leaves_a_trace_if_asked(turn):
     site = turn(pool_of("web"))
-    site.sim.fault("fields_missing", cls="VM", fields=["name_label"])
     site.configure("vm-export=web")
-    result = site.run()
-    assert result.status == 3, result
-    assert re.search("KeyError at line [0-9]+ of vmbackup.py", result.lines[-1])
-    process = site.start(env={"VMBACKUP_DEBUG": "1"})
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (3, b"")
-    assert b"Traceback" in out
-    assert b'names[vm["name_label"]]' in out
+    code = ("import shutil, sys, vmbackup\nshutil.disk_usage = {}.__getitem__\n"
+            "sys.exit(vmbackup.main())")
+    for debug, traces in (("", False), ("1", True)):
+        done = subprocess.run([sys.executable, "-c", code, site.sim.password, str(site.config)],
+                              env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT),
+                                   "VMBACKUP_DEBUG": debug},
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out = done.stdout
+        assert (done.returncode, done.stderr) == (2, b""), out
+        assert re.search(b"KeyError at line [0-9]+ of vmbackup.py", out), out
+        assert (b"Traceback" in out) == traces
     assert site.sim.password.encode("utf-8") not in out

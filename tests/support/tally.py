@@ -93,7 +93,7 @@ def tally(record_property):
         assert injected, "%s never happened" % fault
         found = ledger.lost(vms), ledger.destroyed(by_others), ledger.leftovers(vms)
         record_property("tally", [fault, injected] + [len(names) for names in found])
-        assert found == ([], [], []), fault
+        assert found == ([], [], []), (fault, found)
 
     return add
 
