@@ -662,13 +662,13 @@ class Benchmark:
         with self.start(disk(size * MIB, seed=1)) as sim:
             for version in reversed(list(self.pythons)):
                 race = Race(self.options.rounds, self.clean)
-                race.add("this", *self.vmbackup(version, sim.url))
+                race.add("vmbackup", *self.vmbackup(version, sim.url))
                 race.add("the other", *self.vmbackup(version, sim.url,
                                                      script=self.options.against))
                 yield race.run().table("HTTPS, disk of %s, Python %s" % (
                     size_of(size), dotted(version)), size * MIB)
                 self.goal("CPU / the other's, Python %s" % dotted(version), "at most", 1.05,
-                          race.ratio("this", "the other", "cpu"))
+                          race.ratio("vmbackup", "the other", "cpu"))
 
     def summary(self):
         """The README's table, and how far the goals are met."""
