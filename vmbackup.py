@@ -3037,19 +3037,17 @@ def writer_of(vm_fd, name, own, now):
     """Who may still be writing an unfinished backup, in words, or "". own: this run's token.
 
     A process of this machine lives or not; another machine's (or one of before a reboot) may do so
-    while the file, or at its very beginning the folder, was touched in the last minutes.
+    while its file was touched in the last minutes.
     """
-    found, age = TOKEN.match(name[1:]), 0
     with contextlib.suppress(OSError, BackupError), opened(name, vm_fd) as fd:
-        age = now - os.fstat(fd).st_mtime
         age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
-        found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace")) or found
-    if found is None:
-        return ""
-    host, boot, pid, start, _ = found.groups()
-    here = [host, boot] == own.split(",")[:2]
-    lives = _started(pid) == start if here else age < ABANDONED_AFTER
-    return "being written by process %s on %s" % (pid, host) if lives else ""
+        found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace"))
+        if found:
+            host, boot, pid, start, _ = found.groups()
+            here = [host, boot] == own.split(",")[:2]
+            if _started(pid) == start if here else age < ABANDONED_AFTER:
+                return "being written by process %s on %s" % (pid, host)
+    return ""
 
 
 def open_vm_folder(name, top):
@@ -3110,8 +3108,7 @@ class Target:
         Folders that are left."""
         foreign, left = [], []
         for item in scan(self._vm_fd, self._patterns, self._vm):
-            begun = TOKEN.match(item.name[1:]) if item.name.endswith(".partial") else None
-            if not begun and not (item.unfinished and item.created is not None):
+            if not item.unfinished or item.created is None:
                 left.append(item)
                 if item.created is None or not item.marker:
                     foreign.append(item.name)
@@ -3129,6 +3126,9 @@ class Target:
             self._outcome.warn("%s is %s: left alone" % (name, writer))
             return False
         self._outcome.say("removing the unfinished backup %s" % name)
+        with contextlib.suppress(OSError):  # an empty one: who has just made it makes another
+            os.rmdir(name, dir_fd=self._vm_fd)
+            return True
         return self._remove(name)
 
     def _remove(self, name):
@@ -3157,26 +3157,27 @@ class Target:
                                    % describe(error))
 
     def begin(self, pattern):
-        """Makes the folder of the new backup: under a name that tells its run, then renamed, so
-        that no other run finds it without its token."""
-        begun = ".%s.partial" % self._token
-        os.mkdir(begun, 0o700, dir_fd=self._vm_fd)
-        self.name, self.fd = begun, open_folder(begun, self._vm_fd)
-        self._unfinished = self._create(
-            UNFINISHED, self._token.encode("ascii") + b"\n", self.fd)
+        """Makes the folder of the new backup, with the token of this run in it."""
         moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
-        while self.name == begun:
+        while self._unfinished is None:
             name = native(moment.strftime(pattern))
+            moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
+            if name in taken:
+                continue
             try:
-                if name not in taken:  # an empty folder would be replaced
-                    os.rename(begun, name, src_dir_fd=self._vm_fd, dst_dir_fd=self._vm_fd)
-                    self.name = name
+                os.mkdir(name, 0o700, dir_fd=self._vm_fd)
+                self.name, self.fd = name, open_folder(name, self._vm_fd)
+                self._unfinished = self._create(
+                    UNFINISHED, self._token.encode("ascii") + b"\n", self.fd)
+            except FileExistsError:
+                pass
             except OSError as error:
                 if error.errno in NAME_REFUSED:
                     raise refused_name(name) from None
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                if self.fd is None or error.errno != errno.ENOENT:
                     raise
-            moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
+                os.close(self.fd)  # another run took it away while it was empty
+                self.fd = None
 
     def touch(self):
         """Tells the runs of other machines that this one is at work: called once a second."""

@@ -34,6 +34,8 @@ from support.world import (
     wait_until,
 )
 
+pytestmark = pytest.mark.newest  # nothing here depends on the Python
+
 SIZE = MIB + 512  # of each disk: two chunks
 GOOD, WARNED = "***Success***", "***WARNING***"
 WITNESSES = ["a witness", "zz witness"]  # VMs without a fault: the first and the last of a run

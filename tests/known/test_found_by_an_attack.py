@@ -20,6 +20,8 @@ from support.harness import ROOT, finish, vmbackup
 from support.tally import is_good, tree
 from support.world import IMPATIENT, old_backup, one_vm, pool_of, wait_until
 
+pytestmark = pytest.mark.newest  # nothing here depends on the Python
+
 ENOLCK = "37"
 PAIRS = int(os.environ.get("VMBACKUP_PAIRS", "12"))
 ELSEWHERE = "filer7,6f6b4a51-0000-4000-8000-00000000000a.4026531836,%d,%d," + "0123456789abcdef" * 2

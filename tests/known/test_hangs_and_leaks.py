@@ -16,6 +16,8 @@ from simulator.pool import MIB, Pool, disk
 from support.harness import ROOT, SCRIPT, finish, hasty, start, vmbackup
 from support.world import IMPATIENT, old_backup, one_vm, pool_of, wait_until
 
+pytestmark = pytest.mark.newest  # nothing here depends on the Python
+
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 
 

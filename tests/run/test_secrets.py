@@ -77,7 +77,7 @@ def test_neither_output_nor_files_nor_process_list_tell_a_secret(turn, compress)
     for pid in [process.pid] + children(process.pid):
         with contextlib.suppress(FileNotFoundError):
             listed += [Path("/proc/%d" % pid, name).read_bytes() for name in ("cmdline", "environ")]
-    assert any(b"zstd" in text for text in listed) == (compress == "zstd")
+    assert compress == "zstd" or not any(b"zstd" in text for text in listed)
     process.send_signal(signal.SIGCONT)
     result = finish(process)
     assert result.status == 0, result
