@@ -2,14 +2,19 @@
 """The password: as an argument, from standard input or a terminal, from a file and into one."""
 import base64
 import errno
+import io
 import os
+import pty
 import stat
 import subprocess
 import sys
+import termios
 
 import pytest
 from support.harness import LINE, ROOT, SCRIPT, finish, start, vmbackup
 from support.world import pool_of
+
+import vmbackup as program
 
 PASSWORD = "pä$$ \"w'o\\`r*d<&>;=#%:🐘"
 TYPED = "open sesame"
@@ -203,6 +208,24 @@ def test_ctrl_c_at_the_question(turn, terminal):
     assert term.end() == 130
     assert b"Traceback" not in term.raw
     assert not here.sim.calls()
+
+
+def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
+    """Or what is typed at once would show, and be dropped as well."""
+    master, slave = pty.openpty()
+    told = []
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            told.append((text, bool(termios.tcgetattr(master)[3] & termios.ECHO)))
+            if text == "Password: ":
+                os.write(master, b"secret\n")
+
+    monkeypatch.setattr(program.sys, "stderr", Recorder())
+    with open(slave, encoding="ascii") as stream:
+        assert program.read_line(stream) == b"secret\n"
+    os.close(master)
+    assert [pair for pair in told if pair[0]] == [("Password: ", False), ("\n", True)]
 
 
 def test_ctrl_d_at_the_question(turn, terminal):

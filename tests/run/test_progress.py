@@ -1,42 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What somebody at a terminal sees: the question for the password, progress, colours; and what cron
-gets in its place. The terminal is a pseudo terminal, and what it shows is worked out here."""
-import codecs
-import fcntl
-import io
+"""What somebody at a terminal sees: progress, colours; and what cron gets in its place."""
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
-import sys
-import termios
 import time
 
 import pytest
 from simulator.pool import MIB, Pool, disk
-from support.harness import LINE, ROOT
-
-import vmbackup as program
+from support.harness import LINE
+from support.terminal import assert_log, start
 
 LABEL = r"\[\d+/\d+\] %s  "
 FAR = r"50 %% of about 4\.0 MiB  "
 FIGURES = LABEL + FAR + r"\d+(\.\d)? MB/s  [\dmins ]+ left"
 SHORT = r"\[\d+\] %s 50 %%"
 TICKS = {"SILENCE": 0.1}  # the host is asked at each tick of the watch: so a test can count them
-DRIVER = """
-import sys, time
-import vmbackup
-real, jump, constants = time.monotonic, sys.argv.pop(1), eval(sys.argv.pop(1))
-if jump:  # a file that tells how many seconds this clock is ahead
-    time.monotonic = lambda: real() + float(open(jump).read())
-for name, value in constants.items():
-    getattr(vmbackup, name)
-    setattr(vmbackup, name, value)
-sys.exit(vmbackup.main())
-"""
 
 
 def two_vms():
@@ -44,146 +23,6 @@ def two_vms():
     for name in ("web", "db"):
         pool.vm(name, disks=[disk(4 * MIB, seed=name)])
     return pool
-
-
-def start(words, stdin, stdout, stderr, terminal=False, env=None, jump="", constants=None):
-    """A run like that of the command line, with these constants and clock; with `terminal` standard
-    input is the one that controls it."""
-    clean = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TZ": "UTC", "TERM": "xterm",
-             "PYTHONPATH": str(ROOT)}
-    clean.update(env or {})
-    command = [sys.executable, "-c", DRIVER, str(jump), repr(constants or {})]
-    return subprocess.Popen(
-        command + [str(word) for word in words],
-        env={key: value for key, value in clean.items() if value is not None},
-        stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
-        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None)
-
-
-class Terminal:
-    """A terminal with a run in it.
-
-    raw: all bytes that came. rows: the lines that scrolled away, as a screen shows them. row: the
-    line with the cursor. erased: what stood in a line that was rewritten. colours: of each of
-    `rows` the [(SGR parameters, text), ...].
-    """
-
-    def __init__(self, *words, columns=100, stdout=None, stderr=None, **options):
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.process = start(words, slave, stdout or slave, stderr or slave, True, **options)
-        os.close(slave)
-        self.raw, self.rows, self.erased, self.colours = b"", [], [], []
-        self._cells, self._at, self._colour, self._left = [], 0, "", ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-
-    @property
-    def row(self):
-        return "".join(char for char, _ in self._cells)
-
-    def echoes(self):
-        return bool(termios.tcgetattr(self.master)[3] & termios.ECHO)
-
-    def type(self, text):
-        os.write(self.master, text.encode("utf-8"))
-
-    def until(self, condition, seconds=30):
-        """Reads on until something is shown; fails if it never is."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, (self.rows, self.row)
-            if not self._read(0.1):
-                assert condition(), (self.rows, self.row)
-                return
-
-    def end(self):
-        """Reads to the end of the run; returns its exit status."""
-        deadline = time.monotonic() + 60
-        try:
-            while self._read(1):
-                assert time.monotonic() < deadline, (self.rows, self.row)
-            return self.process.wait(30)
-        finally:
-            self.close()
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        if self.master is not None:
-            os.close(self.master)
-            self.master = None
-
-    def hang_up(self):
-        master, self.master = self.master, None
-        os.close(master)
-
-    def _read(self, seconds):
-        if not select.select([self.master], [], [], seconds)[0]:
-            return True
-        try:
-            data = os.read(self.master, 65536)
-        except OSError:  # EIO: nobody has it open any more
-            return False
-        self.raw += data
-        self._show(self._left + self._decoder.decode(data))
-        return bool(data)
-
-    def _show(self, text):
-        self._left = ""
-        while text:
-            escape = re.match(r"\x1b\[([0-9;]*)([A-Za-z])", text)
-            if escape:
-                text = text[escape.end():]
-                assert escape.group(2) in "mK", escape.group()
-                if escape.group(2) == "m":
-                    self._colour = escape.group(1).strip("0")
-                else:
-                    assert not escape.group(1)
-                    self._erase()
-            elif text[0] == "\x1b":
-                assert len(text) < 10, text
-                self._left, text = text, ""
-            else:
-                self._put(text[0])
-                text = text[1:]
-
-    def _erase(self):
-        if self._cells and not self._at:
-            self.erased.append(self.row)
-        del self._cells[self._at:]
-
-    def _put(self, char):
-        if char == "\r":
-            self._at = 0
-        elif char == "\n":
-            self.rows.append(self.row)
-            runs = []
-            for cell, colour in self._cells:
-                if runs and runs[-1][0] == colour:
-                    runs[-1] = (colour, runs[-1][1] + cell)
-                else:
-                    runs.append((colour, cell))
-            self.colours.append(runs)
-            self._cells, self._at = [], 0
-        else:
-            assert char.isprintable(), repr(char)
-            self._cells[self._at:self._at + 1] = [(char, self._colour)]
-            self._at += 1
-
-
-@pytest.fixture
-def terminal():
-    """terminal(words..., options) is a Terminal, which ends with the test."""
-    made = []
-
-    def make(*words, **options):
-        made.append(Terminal(*words, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def gate(here, vm):
@@ -216,122 +55,6 @@ def set_clock(folder, seconds):
     """Puts the clock of the runs with jump=folder/jump so far ahead of the real one."""
     (folder / "new").write_text(str(seconds))
     os.rename(str(folder / "new"), str(folder / "jump"))
-
-
-def assert_log(lines):
-    """Each is one whole line of the log, nothing of a progress line in it."""
-    for line in lines:
-        assert LINE.match(line), line
-        assert " of about " not in line and line.count(" - 20") == 0, line
-
-
-# --- the password ---------------------------------------------------------------------------------
-
-def test_the_password_is_asked_for_without_echo(turn, terminal, tmp_path):
-    here = turn(two_vms())
-    here.configure("vm-export=web")
-    with (tmp_path / "log").open("wb") as log:
-        term = terminal("-", here.config, "preview", stdout=log)
-        term.until(lambda: "assword" in term.row)
-        assert not term.echoes()
-        term.type(here.sim.password + "\n")
-        assert term.end() == 0
-    assert here.sim.password.encode() not in term.raw
-    log = (tmp_path / "log").read_text()
-    assert here.sim.password not in log and "assword:" not in log
-    assert log.splitlines()[-1].endswith("SUCCESS preview parameters")
-
-
-def test_a_password_file_is_made_of_what_is_typed(turn, terminal, tmp_path):
-    here = turn(two_vms())
-    here.configure("vm-export=web")
-    term = terminal("-", "create-password-file=%s" % (tmp_path / "pass"))
-    term.until(lambda: "assword" in term.row)
-    term.type(here.sim.password + "\n")
-    assert term.end() == 0
-    assert here.sim.password.encode() not in term.raw
-    assert terminal(tmp_path / "pass", here.config, "preview").end() == 0
-
-
-def at_the_question(turn, terminal):
-    """A site, and the terminal of a run there that asks for the password."""
-    here = turn(two_vms())
-    here.configure("vm-export=web")
-    term = terminal("-", here.config)
-    term.until(lambda: "assword" in term.row)
-    return here, term
-
-
-def test_a_wrong_password_at_the_terminal(turn, terminal):
-    _, term = at_the_question(turn, terminal)
-    term.type("swordfish\n")
-    assert term.end() == 3
-    assert "wrong user name or password" in term.rows[-1]
-    assert b"swordfish" not in term.raw
-
-
-def test_ctrl_c_at_the_question(turn, terminal):
-    """The run ends as by a signal, and the terminal echoes again."""
-    here, term = at_the_question(turn, terminal)
-    term.type("\x03")
-    term.until(lambda: any("stopped by signal 2" in row for row in term.rows))
-    assert term.echoes()
-    assert term.end() == 130
-    assert b"Traceback" not in term.raw
-    assert not here.sim.calls()
-
-
-def asked(term):
-    """Waits for the question, and until what is typed does not show."""
-    term.until(lambda: "assword" in term.row and not term.echoes())
-
-
-def test_nothing_is_asked_before_the_echo_is_off(monkeypatch):
-    """Or what is typed at once would show, and be dropped as well."""
-    master, slave = pty.openpty()
-    told = []
-
-    class Recorder(io.StringIO):
-        def write(self, text):
-            told.append((text, bool(termios.tcgetattr(master)[3] & termios.ECHO)))
-            if text == "Password: ":
-                os.write(master, b"secret\n")
-
-    monkeypatch.setattr(program.sys, "stderr", Recorder())
-    with open(slave, encoding="ascii") as stream:
-        assert program.read_line(stream) == b"secret\n"
-    os.close(master)
-    assert [pair for pair in told if pair[0]] == [("Password: ", False), ("\n", True)]
-
-
-def test_ctrl_d_at_the_question(turn, terminal):
-    here = turn(two_vms())
-    here.configure("vm-export=web")
-    term = terminal("-", here.config)
-    asked(term)
-    term.type("\x04")
-    term.until(lambda: any("ERROR" in row for row in term.rows))
-    assert term.echoes()
-    assert term.end() == 3
-    (error,) = [row for row in term.rows if "ERROR" in row]
-    assert LINE.match(error).group(1) == "ERROR - no password was given on standard input"
-    assert b"Traceback" not in term.raw
-    assert not here.sim.calls()
-
-
-def test_a_password_beyond_ascii_is_typed_where_the_locale_is_none(turn, terminal, tmp_path):
-    password = "Gr\u00fcn3s H\u00e4uschen \u6771\u4eac \U0001f418"
-    here = turn(Pool(password=password))
-    here.sim.add_vm({"name": "web"})
-    here.configure("vm-export=web")
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for words in ([here.config, "preview"], ["create-password-file=%s" % (tmp_path / "pass")]):
-        term = terminal("-", *words, env=env)
-        asked(term)
-        term.type(password + "\n")
-        assert term.end() == 0, term.rows
-        assert password.encode("utf-8") not in term.raw
-    assert terminal(tmp_path / "pass", here.config, "preview", env=env).end() == 0
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -182,4 +182,4 @@ def assert_log(lines):
     """Each is one whole line of the log, nothing of a progress line in it."""
     for line in lines:
         assert LINE.match(line), line
-        assert " left" not in line and line.count(" - 20") == 0, line
+        assert " of about " not in line and line.count(" - 20") == 0, line
