@@ -45,7 +45,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -58,7 +57,6 @@ import shlex
 import shutil
 import signal
 import socket
-import ssl
 import stat
 import struct
 import sys
@@ -70,8 +68,6 @@ import types
 import unicodedata
 import urllib.parse
 import warnings
-import xml.parsers.expat
-import xmlrpc.client
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -207,7 +203,7 @@ def without_refs(text):
 
 def describe(error):
     """One line about any exception; an OSError without Python's brackets around the number."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
+    if isinstance(error, OSError) and error.strerror:
         return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
     return str(error) or type(error).__name__
 
@@ -1204,6 +1200,8 @@ OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 def parse_ova(data):
     """(version, {class: {id: record}}) of an ova.xml: one XML-RPC value, with a prolog or without.
     Raises ArchiveError."""
+    import xmlrpc.client
+
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
@@ -1418,9 +1416,11 @@ def dump_tables(pieces):
     it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
     others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
     sends one without tables (pool_db_backup.ml)."""
+    from xml.parsers import expat
+
     path, schema, seen = [], {}, 0
     tables = collections.defaultdict(collections.Counter)  # of each one's rows, by their fields
-    parser = xml.parsers.expat.ParserCreate("utf-8")
+    parser = expat.ParserCreate("utf-8")
 
     def begin(name, attributes, *doctype):
         if doctype or len(path) > 9 or len(tables) + len(schema) > 9999:
@@ -1442,7 +1442,7 @@ def dump_tables(pieces):
             if seen > DUMP_LIMIT or seen - parser.CurrentByteIndex > METADATA_LIMIT:
                 raise ArchiveError("the dump has no end")
         parser.Parse(b"", True)
-    except xml.parsers.expat.ExpatError as error:
+    except expat.ExpatError as error:
         raise ArchiveError("the dump is damaged or lacks </database>: %s" % error) from None
     if not tables.get("VM"):
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
@@ -1685,6 +1685,8 @@ KEEPALIVE = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEE
              (socket.TCP_KEEPCNT, 8))
 CALL_TIMEOUT = 600  # seconds: VM.destroy and others queue on the host while it is busy
 SNAPSHOT_TIMEOUT = 3600  # seconds that a snapshot may take
+IDLE = 5  # seconds after which a connection is not used again: the host may have closed it
+USER_AGENT = "vmbackup/" + __version__
 
 
 class Endpoint:
@@ -1744,6 +1746,8 @@ class Endpoint:
     def _tls(self, sock, owner):
         """The TLS socket on it. Where the certificate is not trusted, raises BackupError: which
         fingerprint the host shows, how to compare it, what to set."""
+        import ssl
+
         context, trusted = self._context(), True
         name = self.address.host if context.check_hostname else None
         tls = owner.sock = context.wrap_socket(sock, server_hostname=name,
@@ -1770,6 +1774,8 @@ class Endpoint:
             % (self, shown, shown))
 
     def _context(self):
+        import ssl
+
         if self.checked and not self.pins:
             context = ssl.create_default_context(cafile=self.ca)
             # XenServer's own certificates have no key identifiers, which newer Pythons ask for.
@@ -1802,56 +1808,44 @@ def shut(sock):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's would go on in clear text
 
 
-class Connection(http.client.HTTPConnection):
-    """HTTP over whatever the endpoint opens: TCP, checked TLS or the unix socket."""
+def make_transport(endpoint, timeout, watch):
+    """XML-RPC over what the endpoint opens. It never sends a call twice by itself: the stock
+    transport does when a connection drops, and VM.snapshot must not happen twice. A connection
+    that was idle is made anew. (Made here: what only some runs need is not loaded by all.)"""
+    import http.client
+    import xmlrpc.client
 
-    def __init__(self, endpoint, timeout):
-        super().__init__("xapi", timeout=timeout)
-        self._endpoint = endpoint
+    class Connection(http.client.HTTPConnection):
+        def connect(self):
+            endpoint.open_socket(timeout, self)
 
-    def connect(self):
-        self._endpoint.open_socket(self.timeout, self)
+    class Transport(xmlrpc.client.Transport):
+        user_agent = USER_AGENT
+        accept_gzip_encoding = False
+        connection, used = Connection("xapi"), 0.0
 
+        def make_connection(self, host):
+            if time.monotonic() - self.used > IDLE:
+                self.close()
+            return self.connection
 
-class Transport(xmlrpc.client.Transport):
-    """XML-RPC that never sends a call twice by itself: the stock transport does when a connection
-    drops, and VM.snapshot must not happen twice. A connection that was idle is made anew."""
+        def close(self):
+            self.connection.close()
 
-    user_agent = "vmbackup/" + __version__
-    accept_gzip_encoding = False
+        def shut(self):
+            shut(self.connection.sock)  # a stop ends the call
 
-    def __init__(self, endpoint, timeout, watch):
-        super().__init__()
-        self.endpoint, self.timeout, self.watch = endpoint, timeout, watch
-        self.connection, self.used = None, 0.0
+        def request(self, host, handler, request_body, verbose=False):
+            watch.calls[self] = time.monotonic()
+            try:
+                return self.single_request(host, handler, request_body, verbose)
+            finally:
+                self.used = time.monotonic()
+                del watch.calls[self]
 
-    def make_connection(self, host):
-        if time.monotonic() - self.used > 5:
-            self.close()
-        if self.connection is None:
-            self.connection = Connection(self.endpoint, self.timeout)
-        return self.connection
-
-    def close(self):
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close()
-
-    def shut(self):
-        shut(getattr(self.connection, "sock", None))  # a stop ends the call
-
-    def request(self, host, handler, request_body, verbose=False):
-        self.watch.calls[self] = time.monotonic()
-        try:
-            return self.single_request(host, handler, request_body, verbose)
-        finally:
-            self.used = time.monotonic()
-            del self.watch.calls[self]
+    return Transport()
 
 
-# What a call or a stream raises when the connection breaks (requests' errors are OSErrors).
-BROKEN = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError,
-          ValueError, TypeError, LookupError)  # the latter of an answer that is none
 UNDONE = ("SESSION_INVALID", "HOST_IS_SLAVE", "HOST_STILL_BOOTING")  # refused before it was begun
 
 
@@ -1892,7 +1886,7 @@ class Xapi:
                 self._login(endpoint)
             except ConfigError:
                 raise
-            except (BackupError,) + BROKEN as error:
+            except Exception as error:
                 if self.endpoint is None:
                     self.watch.check()
                 text = describe(error)  # a host may repeat what it was sent
@@ -1907,7 +1901,7 @@ class Xapi:
         raise ConfigError("ERROR - no login: %s" % "; ".join(reasons))
 
     def _login(self, endpoint, hops=3):
-        transport = Transport(endpoint, CALL_TIMEOUT, self.watch)
+        transport = make_transport(endpoint, CALL_TIMEOUT, self.watch)
         try:
             self.handle = self._answer(transport, "session.login_with_password",
                                        *self._credentials, "1.0", "vmbackup")
@@ -1936,8 +1930,10 @@ class Xapi:
     def _send(self, transport, *call):
         try:
             return self._answer(transport, *call)
-        except BROKEN as error:
-            raise ConnectionLost(error) from None
+        except XapiError:
+            raise
+        except Exception as error:  # of sockets, TLS, HTTP, XML; and of an answer that is none
+            raise ConnectionLost(error) from error
 
     def call(self, method, *args):
         """The value of an XAPI call. Raises XapiError; ConnectionLost if the outcome is unknown.
@@ -1964,7 +1960,8 @@ class Xapi:
     def ask(self, method, *args, handle=None):
         """The same for another thread than the owner's: on a connection of its own, never a login,
         and with a short timeout. handle: another session's than this one's."""
-        with contextlib.closing(Transport(self.endpoint, CONNECT_TIMEOUT, self.watch)) as transport:
+        transport = make_transport(self.endpoint, CONNECT_TIMEOUT, self.watch)
+        with contextlib.closing(transport):
             return self._send(transport, method, handle or self.handle, *args)
 
     def all(self, kind):
@@ -2036,6 +2033,8 @@ class Xapi:
         """The Endpoint of the pool member that is told by this address or URL: its certificate is
         the one that the pool vouches for (host.get_server_certificate), over this connection, which
         is trusted already."""
+        import ssl
+
         other, pins = self.endpoint.lead(told), []
         if other.checked:
             with contextlib.suppress(XapiError, ValueError):
@@ -2082,6 +2081,8 @@ def make_adapter(stream):
     """requests' adapter for one request over the socket that the stream's endpoint opens; called
     without a requests.Session, so nothing of the environment (proxies, netrc, CA bundles) and no
     redirect has a say. No other part of urllib3's pools is in use."""
+    import http.client
+
     import requests
     import urllib3
 
@@ -2184,14 +2185,16 @@ class Stream:
         self.watch.check()
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
         url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
-        headers = {"Accept-Encoding": "identity", "User-Agent": Transport.user_agent}
+        headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
         request = requests.Request(method, url, headers).prepare()
         if body is not None:
             request.body, request.headers["Content-Length"] = body, str(length)
         try:
             self._answer = answer = make_adapter(self).send(request, stream=True)
-        except BROKEN as error:
-            raise self._lost(error) from None
+        except BackupError:  # of the body, or the certificate
+            raise
+        except Exception as error:  # requests' and urllib3's
+            raise self._lost(error) from error
         self.activity.note(0)
         location = answer.headers.get("Location", "")
         if answer.status_code in (301, 302, 307, 308) and location:
@@ -2206,6 +2209,8 @@ class Stream:
     def response(self, *args, **options):
         """urllib3's response_class: keeps http.client's own response, whose readinto fills the
         buffer without a copy."""
+        import http.client
+
         self._body = http.client.HTTPResponse(*args, **options)
         return self._body
 
@@ -2230,8 +2235,8 @@ class Stream:
         """The number of bytes that came, 0 at the end. Raises ConnectionLost, Interrupted."""
         try:
             count = self._body.readinto(view)
-        except BROKEN as error:
-            raise self._lost(error) from None
+        except Exception as error:  # of sockets, TLS, HTTP
+            raise self._lost(error) from error
         if self._reason or self.watch.signum:  # the end may be that of a socket that was shut
             raise self._lost(None)
         self.activity.note(count)
@@ -5305,6 +5310,7 @@ def deliver(settings, data, timeout):
     """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
     it must not be sent again, for others have it. timeout: seconds for each answer."""
     import smtplib
+    import ssl
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
     if is_loopback(settings.smtp_server) and not settings.smtp_ca:
@@ -5675,6 +5681,8 @@ def check_outputs(settings, word, log):
 
 def check_paths(settings):
     """Raises ConfigError for what the settings name and a run could not use."""
+    import ssl
+
     path = settings.backup_dir
     if not os.path.isdir(path):
         raise ConfigError("ERROR - backup_dir does not exist: %s (is the share mounted?)%s"
