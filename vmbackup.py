@@ -2349,7 +2349,7 @@ class Stream:
 # ============================== from stream to disk ==============================
 
 BUFFER = MIB
-BUFFERS = 4
+BUFFERS = 3
 SYNC_EVERY = 64 * MIB
 
 
