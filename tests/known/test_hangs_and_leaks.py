@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import ROOT, SCRIPT, finish, hasty, start, vmbackup
+from support.relay import Relay, address_of
 from support.world import IMPATIENT, old_backup, one_vm, pool_of, wait_until
 
 pytestmark = pytest.mark.newest  # nothing here depends on the Python
@@ -128,25 +129,14 @@ def test_a_second_signal_ends_it_at_once(turn):
     assert finish(process, timeout=5).status == 128 + signal.SIGTERM
 
 
-class Dripping:
+class Dripping(Relay):
     """Passes the calls of one method on, and their answers a byte at a time, without an end."""
 
-    def __init__(self, to, method):
-        self.method, self.dripped = method.encode(), 0
-        self.to = to
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(50)
-        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self, sim, method):
+        self.to, self.method, self.dripped = address_of(sim), method.encode(), 0
+        super().__init__()
 
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client = self.listener.accept()[0]
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client):
+    def serve(self, client):
         server = socket.create_connection(self.to)
         state = {"drips": False}
 
@@ -169,26 +159,18 @@ class Dripping:
                 server.sendall(data)
             server.shutdown(socket.SHUT_WR)
 
-    def close(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
 
 @pytest.mark.parametrize("method", ["session.login_with_password", "VM.get_all_records",
                                     "VM.get_snapshots", "VM.add_to_other_config", "VM.destroy"])
 def test_a_stop_in_a_call_that_drips(turn, method):
     """Each byte comes in time, the answer never: a time limit for a read does not end it."""
     site = turn(one_vm())
-    address, port = site.sim.http.split("//")[1].split(":")
-    way = Dripping((address, int(port)), method)
-    try:
-        site.configure("vm-export=web")
+    site.configure("vm-export=web")
+    with Dripping(site.sim, method) as way:
         process = hasty(site, "host=" + way.url, STOP_GRACE=0.5, CLEANUP_GRACE=1, STOP_ENDS=15)
         wait_until(lambda: way.dripped > 2)
         process.send_signal(signal.SIGTERM)
         result = finish(process)
-    finally:
-        way.close()
     assert result.status == 128 + signal.SIGTERM, result
     # It came to its end by itself, and not by the last resort.
     assert result.has("stopped by signal 15") or "VmBackup ended" in result.lines[-1], result
@@ -280,9 +262,7 @@ def test_metadata_without_end(turn):
     """Where the host sends rubbish in place of metadata, memory has a bound."""
     site = turn(one_vm(MIB))
     site.configure("vm-export=web")
-    address, port = site.sim.http.split("//")[1].split(":")
-    flood = Flood((address, int(port)))
-    try:
+    with Flood(site.sim) as flood:
         process = start(site.sim.password, site.config, "host=" + flood.url)
         peak = 0
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -291,8 +271,6 @@ def test_metadata_without_end(turn):
                 peak = max(peak, int(text.split("VmHWM:")[1].split()[0]))
                 time.sleep(0.05)
         result = finish(process)
-    finally:
-        flood.close()
     assert result.status == 1, result
     assert result.has("no vm-metadata.xml: ")
     assert len(site.folders("web")) == 1
@@ -303,14 +281,14 @@ def test_metadata_without_end(turn):
 class Flood(Dripping):
     """Answers GET /export_metadata with bytes without an end."""
 
-    def __init__(self, to):
-        super().__init__(to, "nothing")
+    def __init__(self, sim):
+        super().__init__(sim, "nothing")
         self.sent = 0
 
-    def _serve(self, client):
+    def serve(self, client):
         head = client.recv(4096, socket.MSG_PEEK)
         if not head.startswith(b"GET /export_metadata"):
-            super()._serve(client)
+            super().serve(client)
             return
         with contextlib.suppress(OSError):
             client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")

@@ -15,6 +15,7 @@ import threading
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import ROOT, hasty, vmbackup
+from support.relay import Relay, address_of
 from support.upstream import folder_name, leave_backup
 from support.world import IMPATIENT, one_vm, pool_of
 
@@ -108,30 +109,19 @@ def test_a_disk_that_is_no_multiple_of_2_mib(turn, form, size):
 
 # --- what comes over the wire ---------------------------------------------------------------------
 
-class Altering:
+class Altering(Relay):
     """Passes all on to a host, but changes the body that answers a request with `alter(bytes)`."""
 
     def __init__(self, site, path, alter):
-        address, port = site.sim.http.split("//")[1].split(":")
-        self.to, self.path, self.alter, self.altered = (address, int(port)), path, alter, 0
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(50)
-        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.to, self.path, self.alter, self.altered = address_of(site.sim), path, alter, 0
+        super().__init__()
 
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client = self.listener.accept()[0]
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client):
+    def serve(self, client):
         head = client.recv(4096, socket.MSG_PEEK)
         server = socket.create_connection(self.to)
-        threading.Thread(target=self._copy, args=(client, server), daemon=True).start()
+        threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
         if not head.startswith(("GET " + self.path).encode()):
-            self._copy(server, client)
+            self.copy(server, client)
             return
         with contextlib.suppress(OSError):
             answer = b"".join(iter(lambda: server.recv(65536), b""))
@@ -140,20 +130,6 @@ class Altering:
             self.altered += 1
             client.sendall(head + end + self.alter(body))
             client.shutdown(socket.SHUT_RDWR)
-
-    @staticmethod
-    def _copy(source, target):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
 
 
 def cut_out(data, first, last):
