@@ -4044,68 +4044,62 @@ HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all i
 LONGEST_CHUNK = 66 * MIB  # of an XVA, with headers and end: the same where the last one is longer
 HOST_ENDS = 120  # seconds that the task of a restore which was killed may still take to end
 UNUSED_ENDS = 5  # the same where nothing bears it: it may be that nothing was sent
-OWN_WORD = re.compile(r"preview\Z|(backup|sr|as)=.|preserve=(true|false)\Z", re.IGNORECASE)
 NOTE_FILE = re.compile(r"\.restore-[0-9a-f-]{36}\.json\Z")
 ELSEWHERE = "/var/tmp"  # for the notes, where backup_dir cannot be written  # noqa: S108
 
 
-def restore_command(words, log, watch):
-    """`restore`: a backup's way back to a pool. Returns the exit status. Raises ConfigError for
-    what is refused before anything was sent, another BackupError for what failed."""
-    wish = parse_restore(words)
-    settings = wish["settings"]
-    hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+def check_packages():
+    """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
+    import importlib.util
+
+    for module in ("XenAPI", "requests"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
+                              " vmbackup.pyz, which carries it" % (module, module))
+
+
+def restore(places, options, pairs, log, watch):
+    """A backup's way back to a pool. Returns the exit status. Raises ConfigError for what is
+    refused before anything was sent, another BackupError for what failed."""
+    path = os.path.realpath(native(places[1]))
+    if not os.path.exists(path):
+        raise ConfigError("ERROR - there is no config file, folder or export %s" % places[1])
+    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
+    if is_config != bool(places[2:]) or "backup" in options and not is_config:
+        raise ConfigError("ERROR - the VM's name is missing" if is_config else
+                          "ERROR - a VM's name and backup= go with a config file")
+    if options.get("preserve", "true").lower() not in ("true", "false"):
+        raise ConfigError("ERROR - preserve=%s: allowed are True, False" % options["preserve"])
+    settings = make_settings(load_config(path) if is_config else [], pairs)
+    if is_config:
+        folder = os.path.join(settings.backup_dir, native(folder_name(places[2])))
+        path = os.path.join(folder, native(options.get("backup", "")))
+    check_packages()
+    hosts = endpoints(settings, make_hosts(settings, places[0] == "local"))
     watch.rate = settings.rate_limit * 10**6
-    xapi = Xapi(hosts, watch.pure(credentials, settings, words[0]), log, watch)
+    xapi = Xapi(hosts, watch.pure(credentials, settings, places[0]), log, watch)
     if not settings.tls_verify:
         log("***WARNING - tls_verify=False: the host's certificate is not checked")
     try:
         with watch.attend(log.progress):
-            return watch.do(restore, wish, xapi, log)
+            return watch.do(restore_from, path, options, xapi, log)
     finally:
         watch.do(xapi.close)
 
 
-def parse_restore(words):
-    """What the command line asks for, a dictionary. Raises ConfigError."""
-    path, pairs = os.path.realpath(native(words[1])), []
-    if not os.path.exists(path):
-        raise ConfigError("ERROR - there is no config file, folder or export %s" % words[1])
-    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
-    wish = {"path": path, "vm": None, "preview": False, "backup": None, "sr": None, "as": None,
-            "preserve": "False"}
-    for word in words[2:]:
-        key, separator, value = word.partition("=")
-        key = key.lower()
-        if OWN_WORD.match(word):
-            wish[key] = value or True
-        elif separator and key in KNOWN:
-            pairs.append((key, value, "command line"))
-        elif is_config and not separator and not wish["vm"]:
-            wish["vm"] = word
-        else:
-            names = ["preview", "backup=", "sr=", "as=", "preserve=True"] + list(KNOWN)
-            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
-    if is_config and not wish["vm"] or wish["backup"] and not is_config:
-        raise ConfigError("ERROR - the VM's name is missing" if is_config else
-                          "ERROR - backup= goes with a config file and a VM's name")
-    wish["settings"] = make_settings(load_config(path) if is_config else [], pairs)
-    return wish
-
-
-def restore(wish, xapi, log):
-    """The same in a worker."""
+def restore_from(path, options, xapi, log):
+    """The same in a worker. path: of what is restored; see find_source."""
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        source = find_source(wish, log, stack)
+        source = find_source(path, log, stack)
         xapi.connect()
         pool = xapi.pool()
         source.places.append(stack.enter_context(opened(ELSEWHERE)))
-        for place in [] if wish["preview"] else source.places:
+        for place in [] if "preview" in options else source.places:
             sweep(xapi, place, pool["uuid"], log)
-        plan = plan_restore(wish, source, xapi, pool, log)
+        plan = plan_restore(options, source, xapi, pool, log)
         xapi.watch.check()
-        if not wish["preview"]:
+        if "preview" not in options:
             with xapi.watch.activity("restore of " + source.label) as activity:
                 uuid = carry_out(xapi, source, plan, activity, log)
             log("restored: %s uuid=%s t:%d" % (plan.name, uuid, (time.monotonic() - begin) // 60))
@@ -4115,65 +4109,62 @@ def restore(wish, xapi, log):
 # --- what is on disk ---
 
 
-def find_source(wish, log, stack):
-    """What is restored: see read_source. It stays locked and open as long as `stack`. Raises
-    ConfigError, ArchiveError."""
-    settings, path, file, name = wish["settings"], wish["path"], None, wish["backup"]
-    top, vm, patterns = settings.backup_dir, native(folder_name(wish["vm"] or "")), None
+def find_source(path, log, stack):
+    """What is restored, a namespace: file (open), file_name, size, form (raw, vhd or None: an XVA),
+    kind (of object that it becomes), digest (the SHA-256 it has to have, or None), disk_size and
+    sr_uuid (of a single disk, as recorded), name and uuid of its VM, label, date, places
+    (descriptors of folders for the note). It stays locked and open as long as `stack`.
+
+    path: of a backup's folder, of an export, or of a VM's folder with a slash at its end: the
+    newest. Raises ConfigError, ArchiveError."""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
+    sums, places, disk_size, sr_uuid = {}, [], None, None
     try:
-        if wish["vm"]:
-            patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
+        if folder != path and not set(MARKERS).intersection(os.listdir(folder)):
+            item = Folder("", export=os.path.basename(path), made=os.stat(path).st_mtime)
+            fd = stack.enter_context(opened(folder))
         else:
-            path, file = (path, None) if os.path.isdir(path) else os.path.split(path)
-            above, name = os.path.split(path)
+            above, name = os.path.split(folder)
             top, vm = os.path.split(above)
-        if file and not set(MARKERS).intersection(os.listdir(path)):
-            made = os.stat(wish["path"]).st_mtime
-            lone = Folder(None, made, export=file, made=made)
-            return read_source(stack.enter_context(opened(path)), lone, [], stack)
-        top_fd = stack.enter_context(opened(top))
-        try:
-            stack.enter_context(Lock(top_fd, from_argv(vm), "read.lock", shared=True))
-        except OSError as error:
-            log("***WARNING - not locked against a deletion: %s" % describe(error))
-        vm_fd = stack.enter_context(opened(vm, top_fd))
-        for item in reversed(backups(scan(vm_fd, patterns))):
-            if name in (None, item.name):
-                fd = stack.enter_context(opened(item.name, vm_fd))
-                return read_source(fd, item, [top_fd], stack)
+            places.append(stack.enter_context(opened(top)))
+            try:
+                stack.enter_context(Lock(places[0], from_argv(vm), "read.lock", shared=True))
+            except OSError as error:
+                log("***WARNING - not locked against a deletion: %s" % describe(error))
+            vm_fd = stack.enter_context(opened(vm, places[0]))
+            found = [item for item in backups(scan(vm_fd, None)) if name in ("", item.name)]
+            if not found:
+                raise FileNotFoundError
+            fd = stack.enter_context(opened(found[-1].name, vm_fd))
+            export, sums, _ = look_into(fd)
+            item = found[-1]._replace(export=export)
+            if sums and export not in sums:
+                raise ArchiveError("SHA256SUMS does not list %s" % export)
+        file = stack.enter_context(io.FileIO(open_file(item.export, fd)))
+        stem, form = EXPORT.match(item.export).groups()
+        if form in ("raw", "vhd"):
+            disk_size, sr_uuid = recorded_disk(fd)
     except FileNotFoundError:
-        pass
+        raise ConfigError("ERROR - there is no such backup with a marker: %s" % path) from None
     except OSError as error:
         raise ConfigError("ERROR - cannot read the backup: %s" % describe(error)) from None
-    raise ConfigError("ERROR - there is no %sbackup with a marker in %s" % (
-        "such " if name else "", os.path.join(top, vm)))
-
-
-def read_source(fd, item, places, stack):
-    """A namespace of the export in a Folder whose descriptor is fd (a lone one's name is None):
-    file (open), file_name, size, form (raw, vhd or None: an XVA), digest (the SHA-256 it has to
-    have, or None), disk_size and sr_uuid (of a single disk, as recorded), name and uuid of its VM,
-    kind (of object that it becomes), label, date, places (descriptors of folders for the note)."""
-    export, sums, vm, vdi = item.export, {}, {}, {}
-    if item.name:
-        export, sums, _ = look_into(fd)
-        if sums and export not in sums:
-            raise ArchiveError("SHA256SUMS does not list %s" % export)
-        with contextlib.suppress(FileNotFoundError):
-            vm = read_cfg("vm.cfg", fd)
-    stem, form = EXPORT.match(export).groups()
     form = form if form in ("raw", "vhd") else None
-    for path in FIRST_DISKS if form else []:
-        with contextlib.suppress(FileNotFoundError), opened(os.path.dirname(path), fd) as disk:
-            vdi = vdi or read_cfg("vdi.cfg", disk)
-    file = stack.enter_context(io.FileIO(open_file(export, fd)))
-    size = vdi.get("virtual_size", "")
     return types.SimpleNamespace(
-        file=file, file_name=export, size=os.fstat(file.fileno()).st_size, digest=sums.get(export),
-        form=form, kind="VDI" if form else "VM", places=places, label=item.name or export,
-        disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
-        date=datetime.datetime.fromtimestamp(item.made), uuid=vm.get("orig_uuid", ""),
-        name=vm.get("name_label") or vm_name(stem))
+        file=file, file_name=item.export, size=os.fstat(file.fileno()).st_size, places=places,
+        form=form, kind="VDI" if form else "VM", digest=sums.get(item.export),
+        label=item.name or item.export, disk_size=disk_size, sr_uuid=sr_uuid, uuid=item.uuid,
+        date=datetime.datetime.fromtimestamp(item.made), name=item.label or vm_name(stem))
+
+
+def recorded_disk(fd):
+    """(virtual_size in bytes or None, uuid of its storage repository or None) of the first disk of
+    a backup's folder, by its vdi.cfg."""
+    for path in FIRST_DISKS:
+        with contextlib.suppress(FileNotFoundError):
+            vdi = read_cfg(path, fd)
+            size = vdi.get("virtual_size", "")
+            return int(size) if size.isdigit() else None, vdi.get("orig_sr_uuid")
+    return None, None
 
 
 def read_ova(source):
@@ -4202,17 +4193,15 @@ def held_back(source):
 def plan_restore(wish, source, xapi, pool, log):
     """What a restore makes, and where, a namespace: checked against the pool, and logged. Changes
     nothing. Raises ConfigError where it is refused."""
-    hosts, name = collections.defaultdict(list), source.name
-    for pbd in xapi.all("PBD").values():
-        if pbd["currently_attached"]:
-            hosts[pbd["SR"]].append(pbd["host"])
+    pbds = [pbd for pbd in xapi.all("PBD").values() if pbd["currently_attached"]]
     srs = {ref: dict(sr, free=max(int(sr["physical_size"]) - int(sr["physical_utilisation"]), 0))
-           for ref, sr in xapi.all("SR").items() if hosts[ref] and sr["content_type"] != "iso"}
-    ref = choose_sr(wish["sr"], source, pool, srs)
-    plan = types.SimpleNamespace(pool=pool, sr=ref, preserve=wish["preserve"].lower(), names=[],
-                                 kin=[], length=source.size,
-                                 host=None if pool["master"] in hosts[ref] else hosts[ref][0])
-    others, networks = xapi.all(source.kind), []
+           for ref, sr in xapi.all("SR").items()
+           if sr["content_type"] != "iso" and ref in [pbd["SR"] for pbd in pbds]}
+    ref = choose_sr(wish.get("sr"), source, pool, srs)
+    plan = types.SimpleNamespace(
+        pool=pool, sr=ref, hosts=[pbd["host"] for pbd in pbds if pbd["SR"] == ref],
+        preserve=wish.get("preserve", "false").lower(), names=[], kin=[], length=source.size)
+    others, name, networks = xapi.all(source.kind), source.name, []
     if source.form:
         told = int.from_bytes(os.pread(source.file.fileno(), 8, 48), "big")  # a VHD's own size
         plan.sizes = [told if source.form == "vhd" else source.disk_size or source.size]
@@ -4230,16 +4219,15 @@ def plan_restore(wish, source, xapi, pool, log):
         plan.kin = [vm["name_label"] for vm in others.values() if not vm["is_a_snapshot"] and (
             vm in twins or vm["name_label"] == name
             or vm["uuid"] in (source.uuid, archived["uuid"]))]
-    plan.name = choose_name(wish["as"], name, source, others)
+    plan.name = choose_name(wish.get("as"), name, source, others)
     plan.names.append(plan.name)
-    log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there" % (
+    size, free = sum(plan.sizes), srs[ref]["free"]
+    log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there%s" % (
         source.label, source.file_name, size_text(source.size), "disk" if source.form else "VM",
-        plan.name, srs[ref]["name_label"], plural(len(plan.sizes), "disk"),
-        size_text(sum(plan.sizes)), size_text(srs[ref]["free"])))
-    if sum(plan.sizes) > srs[ref]["free"]:
-        log("***WARNING - that may not fit")
-    there = {name for other in xapi.all("network").values()
-             for name in (other["name_label"], other["bridge"])}
+        plan.name, srs[ref]["name_label"], plural(len(plan.sizes), "disk"), size_text(size),
+        size_text(free), " - ***WARNING - that may not fit" if size > free else ""))
+    there = {network[key] for network in xapi.all("network").values()
+             for key in ("name_label", "bridge")}
     for network in networks:
         if not there.intersection((network["name_label"], network["bridge"])):
             log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
@@ -4299,14 +4287,15 @@ def carry_out(xapi, source, plan, activity, log):
     """Makes what was planned and returns its uuid. If it fails, nothing that it made is left."""
     query = {"format": source.form} if source.form else {
         "sr_id": plan.sr, "restore": plan.preserve}
-    endpoint = xapi.at(xapi.call("host.get_address", plan.host)) if plan.host else xapi.master()
-    lock = None
+    lock, endpoint = None, xapi.master()
+    if plan.pool["master"] not in plan.hosts:
+        endpoint = xapi.at(xapi.call("host.get_address", plan.hosts[0]))
     try:
         with Stream(xapi, "/import_raw_vdi" if source.form else "/import", query, activity,
                     endpoint, put=True) as stream:
             task = xapi.call("task.get_record", stream.task)
             facts = {"pool": plan.pool["uuid"], "task": stream.task, "names": plan.names,
-                     "created": moment_of(task["created"]), "disks": len(plan.sizes),
+                     "created": str(task["created"]), "disks": len(plan.sizes),
                      "backup": source.label, "kind": source.kind,
                      "time": time.strftime("%Y-%m-%d %H:%M:%S")}
             name = ".restore-%s.json" % task["uuid"]
@@ -4386,10 +4375,6 @@ def finish(xapi, source, plan, ref, record, log):
             " bootable=false" % record["uuid"])
         log("  xe vbd-plug uuid=VBD  (if the VM runs)")
         return
-    others = [vm["name_label"] for other, vm in xapi.all("VM").items()
-              if other != ref and not vm["is_a_snapshot"]]
-    while plan.name in others:  # another restore was quicker
-        plan.name += "-2"
     xapi.call("VM.set_name_label", ref, plan.name)
     xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
         source.label, record["name_description"])).strip())
@@ -4406,18 +4391,12 @@ def finish(xapi, source, plan, ref, record, log):
 # --- what a restore leaves that is cut off ---
 
 
-def moment_of(date):
-    """A date of XAPI's as digits, which compare."""
-    return re.sub(r"\D", "", str(date))[:14]
-
-
 def write_note(places, name, facts, log):
     """Writes the file that tells the next restore what this one may leave, into the first of the
     folders that takes it; (descriptor of the folder, that of the file, which locks it)."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for place in places:
         try:
-            fd = os.open(name, flags, 0o600, dir_fd=place)
+            fd = new_file(name, place)
             fcntl.flock(fd, fcntl.LOCK_EX)  # where there are no locks, the next place serves
             os.write(fd, json.dumps(facts).encode("ascii"))
             os.fsync(fd)
@@ -4460,20 +4439,19 @@ def sweep(xapi, place, pool, log):
 def clear_away(xapi, facts, log):
     """Destroys what a restore made and did not finish: what bears its own import_task, and only
     while nothing tells that somebody took it into use. What is left alone is named."""
-    begin, task = time.monotonic(), facts["task"]
-    while True:
-        record = xapi.records("task", [task]).get(task)
-        if not record or record["status"] not in ("pending", "cancelling"):
-            break
+    task = facts["task"]
+    for patience in (UNUSED_ENDS, HOST_ENDS):
         with contextlib.suppress(XapiError):
             xapi.call("task.cancel", task)
-        waited = time.monotonic() - begin
-        if waited > HOST_ENDS or xapi.watch.time_left() < CLEANUP_GRACE:
-            raise BackupError("the host is still at work on it")
-        kinds = ("VM", "VDI") if facts["kind"] == "VM" else ()  # none destroys a disk in use
-        if waited > UNUSED_ENDS and not any(marked(xapi.all(kind), task) for kind in kinds):
-            break  # a task that nothing was ever begun with does not end
-        time.sleep(1)
+        try:
+            xapi.wait_for(task, patience, "what the host is still at work on", False)
+            break
+        except XapiError:  # a task that nothing was ever begun with does not end
+            kinds = ("VM", "VDI") if facts["kind"] == "VM" else ()  # none destroys a disk in use
+            if not any(marked(xapi.all(kind), task) for kind in kinds):
+                break
+            if patience == HOST_ENDS:
+                raise
     with contextlib.suppress(XapiError):
         xapi.call("task.destroy", task)
     for record in patiently(xapi.watch, lambda: clear(xapi, facts)):
@@ -4500,7 +4478,7 @@ def clear(xapi, facts):
         disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
         if (copied or vm["snapshots"] or vm["power_state"] != "Halted"
                 or vm["name_label"] not in facts["names"]
-                or moment_of(metrics.get("start_time")) > facts["created"]
+                or str(metrics.get("start_time", "")) > facts["created"]
                 or any(disk not in vdis or len(vdis[disk]["VBDs"]) > 1 or vdis[disk]["snapshots"]
                        for disk in disks)):
             left.append(vm)
@@ -4531,28 +4509,29 @@ FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps g
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
 
-def open_shelf(words):
-    """(folder, Settings or None) of the first word: a config file (its backup_dir) or a folder."""
-    top, settings = native(words[0]), None
-    if not os.path.exists(top) and any(os.path.exists(native(word)) for word in words[1:]):
-        raise ConfigError("ERROR - the config file or folder has to stand first: no password here")
+def open_top(word):
+    """(folder, Settings or None) of a config file (its backup_dir) or a folder."""
+    top, settings = native(word), None
     if os.path.isfile(top):
         settings = make_settings(load_config(top), [])
         top = settings.backup_dir
     if not os.path.isdir(top):
-        raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
+        raise ConfigError("ERROR - there is no such config file or folder: %s (it stands first, for"
+                          " no password is needed here)" % top)
     return os.path.abspath(top), settings
 
 
-def take_stock(top, settings, watch):
-    """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
-    backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
+def take_stock(word, watch):
+    """(folder, Settings or None, [Shelf, ...], whether it is one VM's or one backup's) of a config
+    file or folder. A folder that holds no backup, nor what looks like one, is no VM's: pool dumps,
+    ISOs. Raises OSError, ConfigError, Interrupted."""
+    top, settings = open_top(word)
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
     (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
         single = None if settings else _shelf(fd, folder, patterns)
         if single and single.found:
-            return [single], True
+            return top, None, [single], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
@@ -4565,11 +4544,13 @@ def take_stock(top, settings, watch):
         if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
             with opened(above) as vm_fd:
                 single = _shelf(vm_fd, os.path.basename(above), patterns)
-            return [single._replace(found=[x for x in single.found if x.name == folder])], True
+            return top, None, [single._replace(
+                found=[item for item in single.found if item.name == folder])], True
     names = collections.Counter(item.vm for item in shelves)
-    return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
-            item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
-            for item in shelves], False
+    return top, settings, [
+        item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
+        item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
+        for item in shelves], False
 
 
 def _shelf(vm_fd, folder, patterns):
@@ -4629,19 +4610,14 @@ def _details(shelf, settings, choices):
                "pinned": item.pinned, "kept_by": ruled, "odd": _odd(item)}
 
 
-def list_command(words, log, watch):
+def list_backups(places, options, log, watch):
     """Prints what is there, as a table or as JSON. Returns 0, or 2 where no backup is."""
-    as_json = len(words) > 1 and words[-1].lower() == "json"
-    words = words[:-1] if as_json else words
-    if len(words) > 2:
-        raise ConfigError("ERROR - invalid parameter %s: list <config-file|folder> [vm-name] [json]"
-                          % words[2])
-    top, settings = watch.do(open_shelf, words)
-    every, single = watch.do(take_stock, top, settings, watch)
-    shelves = _named(every, words[1]) if len(words) > 1 else every
+    top, settings, shelves, single = watch.do(take_stock, places[0], watch)
+    choices = _chosen(settings, shelves, watch) if settings and places[1:] else []
+    for vm in places[1:]:
+        shelves = _named(shelves, vm)
     good = [item for shelf in shelves for item in backups(shelf.found)]
-    if single or len(words) > 1:
-        choices = _chosen(settings, every, watch) if settings else []
+    if single or places[1:]:
         entries = [facts for item in shelves for facts in _details(item, settings, choices)]
         rows = [("backup", "age", "size", "kept by")] + [
             (item["folder"], _age(item), size_text(item["bytes"]), ", ".join(dict.fromkeys(
@@ -4659,52 +4635,36 @@ def list_command(words, log, watch):
     lines.append("%s of %s, %s; %s free in %s" % (
         plural(len(good), "backup"), plural(len(shelves), "VM"),
         size_text(sum(item.size for item in good)), size_text(shutil.disk_usage(top).free), top))
-    for line in [json.dumps(entries, indent=2)] if as_json else map(printable, lines):
+    for line in [json.dumps(entries, indent=2)] if "json" in options else map(printable, lines):
         log.bare(line)
     return 0 if good else 2
 
 
 def _age(facts):
-    """Not more than a column of a table needs: '2 h', '3 d 2 h', '41 d'."""
     age = facts["age_seconds"]
-    unit = 86400 if (age or 0) > 10 * 86400 else 3600 if (age or 0) > 3600 else 1
-    return "-" if age is None else time_text(age // unit * unit)
+    return "-" if age is None else time_text(age)
 
 
-def check_command(words, log, watch):
-    """Prints a line for Nagios and its like, then one for each VM that is late, worst first; the
-    line in any case. Returns the exit status."""
-    try:
-        return _check(words, log, watch)
-    except (Exception, Interrupted) as error:
-        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
-        log.bare("VMBACKUP UNKNOWN - %s" % _plain(text))
-        return 3
-
-
-def _plain(text):
+def plain(text):
+    """Text without what divides a monitor's line."""
     return re.sub("[|'\"`]", "_", printable(text))
 
 
-def _check(words, log, watch):
-    ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
-    if not words:
-        raise ConfigError("missing: <config-file|folder>")
-    for word in words[1:]:
-        age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
-        if age:
-            ages[age.group(1)] = int(age.group(2)) * AGES[age.group(3)]
-        elif given or "=" in word:
-            raise ConfigError("ERROR - invalid parameter %s: check <config-file|folder> [vm-name]"
-                              " [warn=26h] [crit=50h], with ages like 90m, 26h, 3d, 2w" % word)
-        else:
-            given.append(word)
-    if ages["crit"] < ages["warn"]:
+def check(places, options, log, watch):
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
+    Returns the exit status."""
+    ages = []
+    for key, default in (("warn", "26h"), ("crit", "50h")):
+        age = re.match(r"([1-9][0-9]{0,8})([mhdw])\Z", options.get(key, default).lower())
+        if not age:
+            raise ConfigError("ERROR - %s=%s: allowed are ages like 90m, 26h, 3d, 2w" % (
+                key, options[key]))
+        ages.append(int(age.group(1)) * AGES[age.group(2)])
+    if ages[1] < ages[0]:
         raise ConfigError("ERROR - crit= (default 50h) is below warn= (default 26h)")
-    top, settings = watch.do(open_shelf, words)
-    shelves, _ = watch.do(take_stock, top, settings, watch)
-    if given:
-        asked = [(given[0], _named(shelves, given[0]))]
+    top, settings, shelves, _ = watch.do(take_stock, places[0], watch)
+    if places[1:]:
+        asked = [(places[1], _named(shelves, places[1]))]
     elif settings:
         asked = [(choice.name, choice.refs) for choice in _chosen(settings, shelves, watch)]
     else:
@@ -4712,21 +4672,19 @@ def _check(words, log, watch):
                  if backups(item.found) or any(one.error for one in [item] + item.found)]
     if not asked:
         raise BackupError("no backup in %s" % top)
-    judged = sorted((_judge(*vm, **ages) for vm in asked), key=lambda item: item[0])
+    judged = sorted((_judge(*vm, *ages) for vm in asked), key=lambda item: item[0])
     late = [item for item in judged if item[1]]
     status, known = judged[0][1], [item[3] for item in judged if item[3] is not None]
-    told = ["%s (%s)" % (name, text) for _, _, name, _, text in (late or judged)[:NAMED]]
+    told = ["%s (%s)" % (name, text) for _, _, name, _, text in late[:NAMED] or judged[:1]]
     told += ["and %d more" % (len(late) - NAMED)] * (len(late) > NAMED)
-    count = "%d of %d VMs: " % (len(late), len(judged)) if late else (
-        "%s, longest ago " % plural(len(judged), "VM"))
     figures = ["vms=%d late=%d;0;0" % (len(judged), sum(item[1] in (1, 2) for item in judged))]
     if known:
-        figures.append("oldest=%ds;%d;%d newest=%ds" % (
-            max(known), ages["warn"], ages["crit"], min(known)))
+        figures.append("oldest=%ds;%d;%d newest=%ds" % (max(known), *ages, min(known)))
     figures.append("free=%dB" % shutil.disk_usage(top).free)
-    log.bare("VMBACKUP %s - %s%s | %s" % (("OK", "WARNING", "CRITICAL", "UNKNOWN")[status], count,
-                                          ", ".join(told if late else told[:1]),
-                                          " ".join(figures)))
+    log.bare("VMBACKUP %s - %s%s | %s" % (
+        ("OK", "WARNING", "CRITICAL", "UNKNOWN")[status],
+        "%d of %d VMs: " % (len(late), len(judged)) if late else (
+            "%s, longest ago " % plural(len(judged), "VM")), ", ".join(told), " ".join(figures)))
     for _, _, name, age, text in late:
         gone = "; gone? exclude=%s, or move its folder" % name if (age or 0) > FORGOTTEN else ""
         log.bare("%s: %s%s" % (name, text, gone))
@@ -4745,7 +4703,7 @@ def _judge(vm, shelves, warn, crit):
     if errors:
         status, text = 3, "cannot be read: " + errors[0]
     order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
-    return order, status, _plain(vm), age, _plain(text)
+    return order, status, plain(vm), age, plain(text)
 
 
 # ============================== verify and extract ==============================
@@ -4764,34 +4722,22 @@ def marked_folders(top):
             found.append(error.filename)
 
     for path, folders, files in os.walk(top, onerror=fail):
-        if path.count("/") == top.count("/") + 2:
-            folders.clear()
+        folders[:] = sorted(folders) if path.count("/") < top.count("/") + 2 else []
         if set(MARKERS).intersection(files):  # a VM may be called `success`
-            found.append(path)
-    found.sort(key=lambda path: path.split("/"))
-    # A marker may lie where no backup is: above one.
-    return [path for path, after in zip(found, found[1:] + [""])
-            if not after.startswith(path + "/")]
+            # A marker may lie where no backup is: above one.
+            found = [other for other in found if not path.startswith(other + "/")] + [path]
+    return found
 
 
-def verify_command(words, log, watch):
+def verify(places, _options, log, watch):
     """Proves every marked backup below a config file's backup_dir or a folder, or one export file:
     sums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
-    if len(words) > 2:
-        raise ConfigError("ERROR - invalid parameter %s: verify <config-file|folder|file> [vm-name]"
-                          % words[2])
-    with watch.attend(log.progress):
-        return watch.do(verify, words[0], words[1:], log, watch)
-
-
-def verify(word, only, log, watch):
-    """The same in a worker. only: a VM's name or nothing."""
-    top, good, bad = os.path.abspath(native(word)), 0, 0
+    top, only = os.path.abspath(native(places[0])), places[1:]
     lone = os.path.isfile(top) and EXPORT.match(top)
-    top = top if lone else open_shelf([word] + only)[0]
+    results, top = collections.Counter(), top if lone else open_top(places[0])[0]
+    names = {nfc(native(each)) for vm in only for each in (folder_name(vm), vm)}
     for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
-        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
         if names and not lone and nfc(vm) not in names:
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
@@ -4799,16 +4745,16 @@ def verify(word, only, log, watch):
             with watch.activity(vm) as activity:
                 proved = verify_path(path, watch, activity)
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
-            good += 1
+            results["good"] += 1
         except Exception as error:  # one odd folder must not end the others' turn
             if lone or marked_folders(path):  # else a run is deleting it meanwhile
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
-                bad += 1
-    if not good + bad:
+                results["bad"] += 1
+    if not results:
         log("ERROR - no marked backup%s in %s" % (" of " + only[0] if only else "", top))
-    fine = good and not bad
-    text = "Success" if fine else "**ERRORS DETECTED**"
-    log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (text, good, bad))
+    fine = results and not results["bad"]
+    log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (
+        "Success" if fine else "**ERRORS DETECTED**", results["good"], results["bad"]))
     return 0 if fine else 2
 
 
@@ -4822,7 +4768,7 @@ def verify_path(path, watch, activity):
         export, sums, ours = look_into(fd)
         told = check_metadata(fd, export, sums) if sums or ours else ["NOT sha256 (no SHA256SUMS)"]
         digest, proved = read_export(
-            export, fd, watch, activity, hash_all, prover(export, recorded_size(fd)))
+            export, fd, watch, activity, hash_all, prover(export, recorded_disk(fd)[0]))
     if sums.get(export, digest) != digest:
         raise ArchiveError("%s does not match SHA256SUMS" % export)
     return told + proved
@@ -4883,37 +4829,16 @@ def files_below(fd, above=""):
                 yield from files_below(fd, path + "/")
 
 
-def recorded_size(fd):
-    """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    for path in FIRST_DISKS:
-        with contextlib.suppress(FileNotFoundError):
-            size = read_cfg(path, fd).get("virtual_size", "")
-            return int(size) if size.isdigit() else None
-    return None
-
-
 # --- extract ---
 
 
-def extract_command(words, log, watch):
+def extract(places, options, log, watch):
     """Writes the disks of an XVA as sparse raw images, proved on the way; returns 0, or raises."""
-    to, label = ".", None
-    for word in words[1:]:
-        key, _, value = word.partition("=")
-        if key.lower() not in ("to", "disk") or not value:
-            raise ConfigError("ERROR - invalid parameter %s: extract <backup-folder|file>"
-                              " [to=FOLDER] [disk=LABEL]" % word)
-        to, label = (native(value), label) if key.lower() == "to" else (to, value)
+    source, to, fd, sums = native(places[0]), native(options.get("to", ".")), None, {}
     if not os.path.isdir(to):
         raise ConfigError("ERROR - there is no such folder: to=%s" % to)
-    with watch.attend(log.progress):
-        return watch.do(extract, native(words[0]), to, label, log, watch)
-
-
-def extract(source, to, label, log, watch):
-    """The same in a worker. label: of the only disk to write; None: all."""
     with contextlib.ExitStack() as stack:
-        export, fd, sums = source, None, {}
+        export = source
         if os.path.isdir(source):
             fd = stack.enter_context(opened(source))
             export, sums, _ = look_into(fd)
@@ -4925,7 +4850,7 @@ def extract(source, to, label, log, watch):
                 os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
                 shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
             return 0
-        images = Images(stack.enter_context(opened(to)), stem, label, log)
+        images = Images(stack.enter_context(opened(to)), stem, options.get("disk"), log)
         stack.callback(images.close)
         activity = stack.enter_context(watch.activity(stem))
         proved, *digest = read_export(export, fd, watch, activity, prover(export, sink=images),
@@ -4992,7 +4917,6 @@ class Images:
 PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
 SILENT = 30  # seconds without a byte after which the host is shown as silent
 MAIL_TIMEOUT = 60  # seconds
-MAIL_PAUSE = 5  # seconds between the three tries
 
 
 class Log:
@@ -5104,9 +5028,9 @@ def write_text(stream, text, watch=None):
 
 def make_status(path, log, warnings):
     """The function that appends a line to the status log (none if path is None) and flushes it.
-    The first failure is logged and added to `warnings`. A new one may be read by monitors of other
+    A failure is logged and added to `warnings`, once. A new one may be read by monitors of other
     users, whatever the umask."""
-    lock, server, failed = threading.Lock(), short_host_name(), []
+    lock, server = threading.Lock(), short_host_name()
 
     def status(program, *texts):
         stamp = datetime.datetime.now().strftime("%Y/%m/%d %H:%M:%S")
@@ -5115,14 +5039,14 @@ def make_status(path, log, warnings):
             with lock:
                 new = not os.path.exists(path)
                 with open(path, "ab") as file:
+                    file.write(line.encode("utf-8"))
                     if new:
                         os.fchmod(file.fileno(), 0o644)
-                    file.write(line.encode("utf-8"))
         except OSError as error:
-            if not failed:
-                failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
-                warnings.append(failed[0])
-                log(failed[0])
+            text = "***WARNING - the status log cannot be written: %s" % describe(error)
+            if text not in warnings:
+                warnings.append(text)
+                log(text)
 
     return status if path else lambda *texts: None
 
@@ -5134,7 +5058,7 @@ def replace_file(path, data, mode):
     temporary = os.path.join(folder, ".%s.vmbackup" % name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    fd = new_file(temporary, None)
     try:
         with open(fd, "wb") as file:
             if mode != 0o600:  # it is that from its first byte
@@ -5197,14 +5121,6 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
-    with opened(os.path.dirname(run.settings.metrics_file) or ".") as folder:
-        with contextlib.suppress(OSError):  # no locks here
-            fcntl.flock(folder, fcntl.LOCK_EX)  # another run's series are not lost
-        replace_file(run.settings.metrics_file, metrics(run).encode("utf-8"), 0o644)
-
-
-def metrics(run):
-    """The text of metrics_file."""
     settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
@@ -5230,7 +5146,7 @@ def metrics(run):
         lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
                   for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
-    return "\n".join(lines) + "\n"
+    replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
 
 
 def vm_metrics(run, item):
@@ -5254,8 +5170,8 @@ def vm_metrics(run, item):
 
 
 def send_mail(run):
-    """Mails the table, the reasons and the log, in three tries. Raises OSError (smtplib's errors
-    are) or what the email package says of odd addresses."""
+    """Mails the table, the reasons and the log. Raises BackupError, or what the email package says
+    of odd addresses."""
     import email.message
     import email.policy
     import email.utils
@@ -5290,20 +5206,13 @@ def send_mail(run):
     # Python 3.6 tears headers that it has to fold, and folds them with bare line feeds.
     policy = email.policy.default.clone(max_line_length=998)
     data = message.as_bytes(policy=policy).replace(b"\n", b"\r\n")
-    for left in (2, 1, 0):
-        try:
-            deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
-            break
-        except OSError:
-            if not left or run.watch.signum:
-                raise
-            run.watch.sleep(MAIL_PAUSE)
+    deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
     run.log("mail sent to %s" % ", ".join(settings.mail_to))
 
 
 def deliver(settings, data, timeout):
-    """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
-    it must not be sent again, for others have it. timeout: seconds for each answer."""
+    """Hands a message to the mail server. Raises BackupError, if it was sent to some receivers
+    only, too. timeout: seconds for each answer."""
     import smtplib
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
@@ -5331,7 +5240,7 @@ def deliver(settings, data, timeout):
             text = "%d %s" % (error.smtp_code, os.fsdecode(error.smtp_error))
         if isinstance(error, ssl.SSLError):
             text += " (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
-        raise OSError("%s port %d: %s" % (
+        raise BackupError("%s port %d: %s" % (
             settings.smtp_server, settings.smtp_port, text)) from None
     if refused:
         raise BackupError("; ".join("%s: %d %s" % (who, code, os.fsdecode(text))
@@ -5341,10 +5250,12 @@ def deliver(settings, data, timeout):
 def send_reports(run):
     """Writes and mails what the settings ask for. What fails is a warning of the run; a mail that
     could not be sent stands in the reports, too, which do not wait for it."""
-    settings = run.settings
-    when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
-
-    def make(wanted, function, failure):
+    settings, before = run.settings, len(run.settings.warnings)
+    mail = settings.mail_to and (settings.mail_when == "always" or (
+        settings.mail_when == "problems" and run.exit_status != 0))
+    reports = [(settings.metrics_file, write_metrics, "metrics_file cannot be written"),
+               (settings.report_json, write_json, "report_json cannot be written")]
+    for wanted, function, failure in reports + [(mail, send_mail, "the mail could not be sent")]:
         try:
             if wanted:
                 function(run)
@@ -5353,14 +5264,10 @@ def send_reports(run):
             settings.warnings.append(text)
             run.log(text)
             run.exit_status = run.exit_status or 1
-
-    for mailed in (False, True):
-        before = len(settings.warnings)
-        if mailed:
-            make(settings.mail_to and when, send_mail, "the mail could not be sent")
-        if not mailed or len(settings.warnings) > before:
-            make(settings.metrics_file, write_metrics, "metrics_file cannot be written")
-            make(settings.report_json, write_json, "report_json cannot be written")
+    for wanted, function, _ in reports * (len(settings.warnings) > before):
+        with contextlib.suppress(Exception):
+            if wanted:
+                function(run)
 
 
 # ============================== the command line ==============================
@@ -5373,7 +5280,8 @@ Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR
        vmbackup.py list <config-file|folder> [vm-name] [json]
        vmbackup.py check <config-file|folder> [vm-name] [warn=26h] [crit=50h]
        vmbackup.py extract <backup-folder|file> [to=FOLDER] [disk=LABEL]
-       vmbackup.py restore <password> <config-file|backup-folder|export-file> [vm-name] [...]
+       vmbackup.py restore <password> <config-file|backup-folder|export-file> [vm-name] \
+[preview] [backup=FOLDER] [sr=SR] [as=NAME] [preserve=True] [name=value ...]
        vmbackup.py help [command] | config | example | version
 """
 # Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
@@ -5473,7 +5381,8 @@ def fold(line, width, indent):
 
 TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
          "version": lambda: "vmbackup.py %s\n" % __version__}
-COMMANDS = ("verify", "list", "check", "extract", "restore")
+COMMANDS: Any = {"verify": verify, "list": list_backups, "check": check, "extract": extract,
+            "restore": restore}
 DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
@@ -5518,19 +5427,59 @@ def other_command(name, words, log, watch):
     if words and words[0].lower() in ("-h", "--help"):
         write_text(sys.stdout, help_text(name))
         return 0
-    usage = usage_of(name)[0][7:]
+    usage = usage_of(name)[0]
     missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if missing and name != "check":  # which tells a monitor so
-        return too_few("Usage: %s\n" % usage, missing)
-    if name == "restore":
-        check_order(*words[:2])
-        first, second = map(native, words[:2])
-        if not os.path.exists(second) and (os.path.isdir(first) or EXPORT.match(first)):
-            raise ConfigError("ERROR - the first argument of restore has to be the password (a"
-                              " password file, - or local)")
-        check_packages()
-    return {"verify": verify_command, "list": list_command, "check": check_command,
-            "extract": extract_command, "restore": restore_command}[name](words, log, watch)
+    if missing and name != "check":
+        return too_few("Usage: %s\n" % usage.strip(), missing)
+    try:
+        if missing:
+            raise ConfigError("missing: " + missing)
+        if name == "restore":
+            check_order(*words[:2])
+        places, options, pairs = parse_words(usage, words)
+        if name == "restore":
+            return restore(places, options, pairs, log, watch)
+        if name not in ("verify", "extract"):
+            return COMMANDS[name](places, options, log, watch)
+        with watch.attend(log.progress):
+            return watch.do(COMMANDS[name], places, options, log, watch)
+    except (Exception, Interrupted) as error:
+        if name != "check":
+            raise
+        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
+        log.bare("VMBACKUP UNKNOWN - %s" % plain(text))  # a monitor hears of it in any case
+        return 3
+
+
+def parse_words(usage, words):
+    """(the words that stand in the places of a usage, {option: value} of the others, the settings
+    as pairs for make_settings). Raises ConfigError for a word that it does not show."""
+    shown = re.findall(r"\[(.*?)\]", usage)
+    options = {each.partition("=")[0]: each for each in shown}
+    known = KNOWN if options.pop("name", None) else {}
+    most = usage.count("<") + bool(options.pop("vm-name", None))
+    places, given, pairs = [], {}, []  # a VM may be called `json`
+    for word in words:
+        key, separator, value = word.partition("=")
+        key = key.lower()
+        as_shown = key in options and bool(separator) == ("=" in options[key])
+        if len(places) < usage.count("<"):
+            places.append(word)
+        elif separator and (key in known or key == "only" and as_shown and value):
+            pairs.append((key, value, "command line"))
+        elif as_shown and key not in given and (value or not separator):
+            given[key] = value
+        elif len(places) < most and not (separator and "=" in usage):
+            places.append(word)
+        else:
+            near = similar(key + separator, [name + "=" for name in known] + list(COMMANDS) + [
+                name + "=" * ("=" in options[name]) for name in options if not as_shown])
+            if "preview" in options and (DRY_RUN.match(word) or key == "preview"):
+                near = "preview"
+            raise ConfigError("ERROR - invalid parameter %s: %s" % (
+                word, "did you mean %s?" % near if near else
+                "allowed are " + ", ".join(shown + list(known))))
+    return places, given, pairs
 
 
 def check_order(*words):
@@ -5561,7 +5510,7 @@ def create_password_file(path, password, log):
 
 def backup_command(words, log, watch):
     """A run or preview; returns the exit status."""
-    settings, preview = watch.do(parse_command, words[1], words[2:])
+    settings, preview = watch.do(parse_command, words)
     if settings.config_file:
         log("VmBackup config loaded from: %s" % words[1])
     mistakes = watch.do(check_outputs, settings, words[0], log)
@@ -5589,29 +5538,17 @@ def backup_command(words, log, watch):
     return run.exit_status
 
 
-def parse_command(selector, words):
-    """(Settings, preview) of the arguments after the password. Raises ConfigError."""
-    path, preview = native(selector), False
+def parse_command(words):
+    """(Settings, preview) of all arguments. Raises ConfigError."""
+    (_, selector), given, more = parse_words(USAGE.splitlines()[0], words)
+    path = native(selector)
     is_file = os.path.isfile(path)
     config, pairs = (load_config(path), []) if is_file else ([], [parse_selector(selector)])
-    for word in words:
-        key, separator, value = word.partition("=")
-        key = key.lower()
-        if word.lower() == "preview":
-            preview = True
-        elif DRY_RUN.match(word) or key == "preview":
-            raise ConfigError("ERROR - invalid parameter %s: did you mean preview?" % word)
-        elif separator and word.lower() != "only=" and key not in RULE_KEYS + ("",):
-            pairs.append((key, value, "command line"))
-        else:
-            names = COMMANDS if similar(word, COMMANDS) else ["preview", "only=SELECTOR"] + [
-                name + "=" for name in KNOWN]
-            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
-    settings = make_settings(config, pairs)
+    settings = make_settings(config, pairs + more)
     settings.config_file = path if is_file else None
     if not settings.pool_db_backup and all(rule.key == "exclude" for rule in settings.rules):
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
-    return settings, preview
+    return settings, "preview" in given
 
 
 def parse_selector(text):
@@ -5631,16 +5568,6 @@ def parse_selector(text):
         raise ConfigError("ERROR - no such config file: %s (for a VM of that name: vm-export=%s)"
                           % (text, text))
     return "vm-export", text, "command line"
-
-
-def check_packages():
-    """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
-    import importlib.util
-
-    for module in ("XenAPI", "requests"):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
-                              " vmbackup.pyz, which carries it" % (module, module))
 
 
 def check_outputs(settings, word, log):
