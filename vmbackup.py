@@ -4413,13 +4413,11 @@ def write_note(places, name, facts, log):
 def sweep(xapi, place, pool, log):
     """Clears away what restores left on this pool that live no more, by their notes in a folder."""
     for name in sorted(filter(NOTE_FILE.match, os.listdir(place))):
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            with open(os.open(name, flags, dir_fd=place), "rb") as file:
+            with open(open_file(name, place), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 about, users = os.fstat(file.fileno()), (os.geteuid(), os.fstat(place).st_uid)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022
-                        or about.st_uid not in users):
+                if about.st_mode & 0o022 or about.st_uid not in users:
                     raise BackupError("not a note that only its owner can have written")
                 facts = json.loads(file.read(MIB).decode("ascii") or "{}")
                 if facts and facts["pool"] != pool:
@@ -4469,35 +4467,30 @@ def marked(records, task):
 
 def clear(xapi, facts):
     """One attempt at that; whoever repeats it does no harm. Returns the records of the VMs and
-    disks that it leaves alone."""
-    vms, vbds, vdis = xapi.all("VM"), xapi.all("VBD"), marked(xapi.all("VDI"), facts["task"])
-    own, left, gone = marked(vms, facts["task"]), [], None
-    copied = len(own) > 1 or len(vdis) > facts["disks"]
-    for ref, vm in own.items():
+    disks if they are left alone."""
+    vms, created = xapi.all("VM"), facts["created"]
+    own, disks = marked(vms, facts["task"]), marked(xapi.all("VDI"), facts["task"])
+    used = len(own) > 1 or len(disks) > facts["disks"]  # it was copied
+    for vm in own.values():
         metrics = xapi.records("VM_metrics", [vm["metrics"]]).get(vm["metrics"], {})
-        disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
-        if (copied or vm["snapshots"] or vm["power_state"] != "Halted"
-                or vm["name_label"] not in facts["names"]
-                or str(metrics.get("start_time", "")) > facts["created"]
-                or any(disk not in vdis or len(vdis[disk]["VBDs"]) > 1 or vdis[disk]["snapshots"]
-                       for disk in disks)):
-            left.append(vm)
-        elif vm["current_operations"]:
-            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
-        else:
-            destroy(xapi, "VM.destroy", ref)
-            gone = ref
-    for ref, vdi in vdis.items():
-        users = {vbds[vbd]["VM"] for vbd in vdi["VBDs"] if vbd in vbds} - {gone}
-        if copied or vdi["snapshots"] or not all(
-                vms[vm]["is_control_domain"] for vm in users if vm in vms):
-            left.append(vdi)
-        else:
-            destroy(xapi, "VDI.destroy", ref)
+        used = used or vm["power_state"] != "Halted" or vm["name_label"] not in facts["names"]
+        used = used or str(metrics.get("start_time", "")) > created
+    used = used or any(each["snapshots"] for each in itertools.chain(own.values(), disks.values()))
+    for vbd in xapi.all("VBD").values():
+        foreign = vbd["type"] == "Disk" and (vbd["VM"] in own) != (vbd["VDI"] in disks)
+        used = used or foreign and not vms.get(vbd["VM"], {}).get("is_control_domain")
+    if used:
+        return [*own.values(), *disks.values()]
+    if any(vm["current_operations"] for vm in own.values()):
+        raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
+    for ref in own:
+        destroy(xapi, "VM.destroy", ref)
+    for ref in disks:
+        destroy(xapi, "VDI.destroy", ref)
     for ref, network in marked(xapi.all("network"), facts["task"]).items():
         if not network["VIFs"] and not network["PIFs"]:
             destroy(xapi, "network.destroy", ref)
-    return left
+    return []
 
 
 # ============================== list and check ==============================
@@ -4790,18 +4783,14 @@ def read_export(name, dir_fd, watch, activity, *consumers):
 
 def check_metadata(fd, export, sums):
     """Phrases about what is beside the export: everything listed, right and there."""
-    texts, missing = {}, set(sums) - {export}
-    for path in files_below(fd):
-        if path in MARKERS + ("SHA256SUMS", "keep", export):
-            continue
-        if path not in sums:
-            raise ArchiveError("%s is not listed in SHA256SUMS" % path)
-        texts[path] = read_small(path, fd, METADATA_LIMIT)
-        if hashlib.sha256(texts[path]).hexdigest() != sums[path]:
+    paths = set(files_below(fd)) - set(MARKERS) - {"SHA256SUMS", "keep", export}
+    for path in sorted(paths.symmetric_difference(set(sums) - {export})):
+        raise ArchiveError("%s is %s" % (
+            path, "not listed in SHA256SUMS" if path in paths else "missing"))
+    texts = {path: read_small(path, fd, METADATA_LIMIT) for path in paths}
+    for path, data in texts.items():
+        if hashlib.sha256(data).hexdigest() != sums[path]:
             raise ArchiveError("%s does not match SHA256SUMS" % path)
-        missing.discard(path)
-    if missing:
-        raise ArchiveError("%s is missing" % min(missing))
     alone = re.search(rb"^vm_metadata=none$", texts.get("vm.cfg", b""), re.MULTILINE)
     for name in (export, "vm.cfg") + (() if alone else ("vm-metadata.xml",)):
         if name not in sums:
@@ -4924,12 +4913,12 @@ class Log:
     locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
     what was logged."""
 
-    def __init__(self, out, err, environment, watch=None):
-        self.lines, self._watch = [], watch
-        self._out, self._err, self._lock = out, err, threading.RLock()
+    def __init__(self, watch):
+        self.lines, self._watch, self._lock = [], watch, threading.RLock()
         self._shown, self._told = "", time.monotonic()
-        rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
-        colour, live = [stream is not None and stream.isatty() for stream in (out, err)]
+        rich = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+        streams = sys.stdout, sys.stderr
+        colour, live = [stream is not None and stream.isatty() for stream in streams]
         self._colour, self._live, self._plain = rich and colour, rich and live, not live
 
     def __call__(self, text):
@@ -4945,25 +4934,23 @@ class Log:
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
         with self._lock:
-            self._show("")
-            write_text(self._out, text + "\n", self._watch)
+            self.show()
+            write_text(sys.stdout, text + "\n", self._watch)
 
-    def _show(self, text):
-        if self._shown or text:
-            write_text(self._err, "\r\x1b[K" + text, self._watch)
-            self._shown = text
-
-    def close(self):
+    def show(self, text=""):
+        """The progress line is to be this."""
         with self._lock:
-            self._show("")
+            if self._shown or text:
+                write_text(sys.stderr, "\r\x1b[K" + text, self._watch)
+                self._shown = text
 
     def progress(self, activities):
         """Shows the Activities under way; called once a second."""
         now = time.monotonic()
         if self._live:
-            with self._lock, contextlib.suppress(OSError):
-                columns = os.get_terminal_size(self._err.fileno()).columns or 80
-                self._show(progress_line(activities, max(columns - 1, 1), now))
+            with contextlib.suppress(OSError):
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                self.show(progress_line(activities, max(columns - 1, 1), now))
         elif self._plain and activities and now - self._told > PROGRESS_EVERY:
             self._told = now
             for activity in activities:
@@ -4973,14 +4960,11 @@ class Log:
 def progress_line(activities, columns, now):
     """What is under way, in one line of so many columns: in full where that fits, else in short, as
     many as fit and how many more there are."""
-    line = "  |  ".join(progress_text(activity, now) for activity in activities)
-    if len(line) > columns:
-        parts = [progress_text(activity, now, short=True) for activity in activities]
-        for more in range(len(parts)):
-            line = "  |  ".join(parts[: len(parts) - more] + (["+%d" % more] if more else []))
-            if len(line) <= columns:
-                break
-    return line[:columns]
+    full = [progress_text(activity, now) for activity in activities]
+    short = [progress_text(activity, now, short=True) for activity in activities]
+    fewer = [short[:-more] + ["+%d" % more] for more in range(1, len(short))]
+    lines = ["  |  ".join(parts) for parts in [full, short] + fewer]
+    return next((line for line in lines if len(line) <= columns), lines[-1])[:columns]
 
 
 def progress_text(activity, now, short=False):
@@ -5193,10 +5177,9 @@ def send_mail(run):
     lines += run.error.split("\n") + [""] if run.error else []
     items = run.results()
     lines += run_table(run) if items else []
-    again = " (one VM again: vmbackup.py - %s only=NAME)" % settings.config_file
     for head, texts in (
-            ("Failed" + (again if settings.config_file else ""),
-             ["%s %s: %s" % (item.kind, item.name, item.error) for item in items if item.error]),
+            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
+                        for item in items if item.error]),
             ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
                           for text in item.warnings] + settings.warnings),
             ("In no backup", [", ".join(run.not_in_backup or [])])):
@@ -5248,14 +5231,14 @@ def deliver(settings, data, timeout):
 
 
 def send_reports(run):
-    """Writes and mails what the settings ask for. What fails is a warning of the run; a mail that
-    could not be sent stands in the reports, too, which do not wait for it."""
-    settings, before = run.settings, len(run.settings.warnings)
-    mail = settings.mail_to and (settings.mail_when == "always" or (
-        settings.mail_when == "problems" and run.exit_status != 0))
-    reports = [(settings.metrics_file, write_metrics, "metrics_file cannot be written"),
-               (settings.report_json, write_json, "report_json cannot be written")]
-    for wanted, function, failure in reports + [(mail, send_mail, "the mail could not be sent")]:
+    """Mails and writes what the settings ask for. What fails is a warning of the run, a mail in the
+    reports too."""
+    settings = run.settings
+    when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
+    for wanted, function, failure in (
+            (settings.mail_to and when, send_mail, "the mail could not be sent"),
+            (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
+            (settings.report_json, write_json, "report_json cannot be written")):
         try:
             if wanted:
                 function(run)
@@ -5264,10 +5247,6 @@ def send_reports(run):
             settings.warnings.append(text)
             run.log(text)
             run.exit_status = run.exit_status or 1
-    for wanted, function, _ in reports * (len(settings.warnings) > before):
-        with contextlib.suppress(Exception):
-            if wanted:
-                function(run)
 
 
 # ============================== the command line ==============================
@@ -5318,28 +5297,21 @@ CONFIG = """\
 # matched from the start of the name. ':N' at the end replaces max_backups. Simple names win over
 # regular expressions, later lines over earlier ones, exclude over all.
 
-#exclude=PROD-WinDomainController
 #exclude=TEMP-.*
-
-# vdi-export: only the first disk of a VM whose other disks are too large; see the README
+# only the first disk of a VM whose other disks are too large; see the README
 #vdi-export=PROD-with-many-disks
-
-# vm-export: whole VMs (an empty vm-export= means all)
+# whole VMs (an empty vm-export= means all)
 #vm-export=my-vm-name
-#vm-export=PROD.*
 #vm-export=DEV.*:2
 """
 EXAMPLE = """\
-# make a password file once; look first; the run; in dom0 it needs no password
+# make a password file once (in dom0 `local` needs no password); look first; the run; one VM again
   vmbackup.py - create-password-file=/root/vmbackup.pass
   vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
-  vmbackup.py local weekend.cfg
-# one VM again; all whose names begin with DEV-my, without a config file
-  vmbackup.py local weekend.cfg only=DEV-mySql
+  vmbackup.py /root/vmbackup.pass weekend.cfg only=DEV-mySql
+# without a config file; is any late, are all whole; a VM back
   vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-# what is there, whether any is late, whether all are whole; a VM back
-  vmbackup.py list weekend.cfg
   vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
   vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
@@ -5513,7 +5485,7 @@ def backup_command(words, log, watch):
     settings, preview = watch.do(parse_command, words)
     if settings.config_file:
         log("VmBackup config loaded from: %s" % words[1])
-    mistakes = watch.do(check_outputs, settings, words[0], log)
+    mistakes = watch.do(check_outputs, settings, log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
     watch.rate = settings.rate_limit * 10**6
@@ -5570,33 +5542,32 @@ def parse_selector(text):
     return "vm-export", text, "command line"
 
 
-def check_outputs(settings, word, log):
+def check_outputs(settings, log):
     """Mistakes in the names of the files that a run writes. Such a file is taken out of the
     settings, or the report of just this mistake would go there."""
-    folder = os.path.dirname(KNOWN["status_log"].default)
+    folder, config = os.path.dirname(KNOWN["status_log"].default), settings.config_file
     if settings.status_log == KNOWN["status_log"].default and not os.path.isdir(folder):
         settings.status_log = None
-        if settings.config_file:
+        if config:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    read = (settings.config_file, native(word), settings.smtp_password_file, settings.tls_ca)
-    mistakes, taken = [], [os.path.realpath(name) for name in read if name]
+    mistakes, taken = [], [os.path.realpath(config)] if config else []
     for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
-        if path and (settings.config_file or key != "status_log"):
-            try:
-                if os.path.realpath(path) in taken:
-                    raise BackupError("this file serves for something else")
-                if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-                    raise BackupError("give a file in a folder that exists")
-                plain = (key, path) != ("status_log", os.devnull) and os.path.exists(path)
-                if plain and not re.match(begin, read_small(path, limit=99, part=True)):
-                    raise BackupError("what it holds is none of this program's")
-            except (OSError, BackupError) as error:
-                mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
-                setattr(settings, key, None)
-            taken.append(os.path.realpath(path))
+        if not path or key == "status_log" and (not config or path == os.devnull):
+            continue
+        try:
+            if os.path.realpath(path) in taken:
+                raise BackupError("this file serves for something else")
+            if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                raise BackupError("give a file in a folder that exists")
+            if os.path.exists(path) and not re.match(begin, read_small(path, limit=99, part=True)):
+                raise BackupError("what it holds is none of this program's")
+        except (OSError, BackupError) as error:
+            mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
+            setattr(settings, key, None)
+        taken.append(os.path.realpath(path))
     return mistakes
 
 
@@ -5633,12 +5604,14 @@ def main(argv=None) -> int:
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     watch = Watch()
     watch.install()
-    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
-        try:
-            return dispatch(words, log, watch)
-        except (Exception, Interrupted) as error:
-            log_error(error, log)
-            return getattr(error, "exit_code", 2)
+    log = Log(watch)
+    try:
+        return dispatch(words, log, watch)
+    except (Exception, Interrupted) as error:
+        log_error(error, log)
+        return getattr(error, "exit_code", 2)
+    finally:
+        log.show()
 
 
 if __name__ == "__main__":
