@@ -4058,7 +4058,7 @@ def check_packages():
                               " vmbackup.pyz, which carries it" % (module, module))
 
 
-def restore(places, options, pairs, log, watch):
+def restore(places, options, log, watch):
     """A backup's way back to a pool. Returns the exit status. Raises ConfigError for what is
     refused before anything was sent, another BackupError for what failed."""
     path = os.path.realpath(native(places[1]))
@@ -4070,7 +4070,7 @@ def restore(places, options, pairs, log, watch):
                           "ERROR - a VM's name and backup= go with a config file")
     if options.get("preserve", "true").lower() not in ("true", "false"):
         raise ConfigError("ERROR - preserve=%s: allowed are True, False" % options["preserve"])
-    settings = make_settings(load_config(path) if is_config else [], pairs)
+    settings = make_settings(load_config(path) if is_config else [], options["settings"])
     if is_config:
         folder = os.path.join(settings.backup_dir, native(folder_name(places[2])))
         path = os.path.join(folder, native(options.get("backup", "")))
@@ -4437,19 +4437,16 @@ def sweep(xapi, place, pool, log):
 def clear_away(xapi, facts, log):
     """Destroys what a restore made and did not finish: what bears its own import_task, and only
     while nothing tells that somebody took it into use. What is left alone is named."""
-    task = facts["task"]
-    for patience in (UNUSED_ENDS, HOST_ENDS):
-        with contextlib.suppress(XapiError):
-            xapi.call("task.cancel", task)
-        try:
-            xapi.wait_for(task, patience, "what the host is still at work on", False)
-            break
-        except XapiError:  # a task that nothing was ever begun with does not end
-            kinds = ("VM", "VDI") if facts["kind"] == "VM" else ()  # none destroys a disk in use
-            if not any(marked(xapi.all(kind), task) for kind in kinds):
-                break
-            if patience == HOST_ENDS:
-                raise
+    task, kinds = facts["task"], ("VM", "VDI") if facts["kind"] == "VM" else ()
+    with contextlib.suppress(XapiError):
+        xapi.call("task.cancel", task)
+    begun = any(marked(xapi.all(kind), task) for kind in kinds)  # else it may never end
+    try:
+        xapi.wait_for(task, HOST_ENDS if begun else UNUSED_ENDS,
+                      "what the host is still at work on", False)
+    except XapiError as error:
+        if begun or error.code != "TASK_TIMEOUT" or xapi.watch.time_left() < CLEANUP_GRACE:
+            raise
     with contextlib.suppress(XapiError):
         xapi.call("task.destroy", task)
     for record in patiently(xapi.watch, lambda: clear(xapi, facts)):
@@ -5369,68 +5366,54 @@ def dispatch(words, log, watch):
     """Tells the kinds of command lines apart; returns the exit status. Raises BackupError."""
     first = words[0].lower() if words else ""
     text = {"-h": "help", "-v": "version"}.get(first, first.lstrip("-"))
+    if first in COMMANDS and words[1:] and words[1].lower() in ("-h", "--help"):
+        text, words = "help", ["help", first]
     if text == "help" or (text in TEXTS and len(words) == 1):
         write_text(sys.stdout, TEXTS[text](*[word.lower() for word in words[1:2]]))
         return 0
-    if first in COMMANDS:
-        return other_command(first, words[1:], log, watch)
-    if len(words) < 2:
-        near = similar(first, list(COMMANDS) + list(TEXTS))
-        return too_few(USAGE, "<password> or <config-file|vm-selector>: both are needed%s" % (
-            ", or did you mean %s?" % near if near else ""))
-    check_order(*words[:2])
-    key, _, value = words[1].partition("=")
-    if key.lower() == "create-password-file":
-        if len(words) > 2:
-            raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
-                              % words[2])
-        password = watch.pure(read_password, words[0], True)
-        return create_password_file(native(value), password, log)
-    return backup_command(words, log, watch)
-
-
-def too_few(usage, missing):
-    write_text(sys.stderr, "%sMissing: %s\n" % (usage, missing))
-    return 3
-
-
-def other_command(name, words, log, watch):
-    """verify, list, check, extract or restore; returns the exit status."""
-    if words and words[0].lower() in ("-h", "--help"):
-        write_text(sys.stdout, help_text(name))
-        return 0
-    usage = usage_of(name)[0]
-    missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if missing and name != "check":
-        return too_few("Usage: %s\n" % usage.strip(), missing)
+    if first != "check":
+        return command(first, words, log, watch)
     try:
-        if missing:
-            raise ConfigError("missing: " + missing)
-        if name == "restore":
-            check_order(*words[:2])
-        places, options, pairs = parse_words(usage, words)
-        if name == "restore":
-            return restore(places, options, pairs, log, watch)
-        if name not in ("verify", "extract"):
-            return COMMANDS[name](places, options, log, watch)
-        with watch.attend(log.progress):
-            return watch.do(COMMANDS[name], places, options, log, watch)
-    except (Exception, Interrupted) as error:
-        if name != "check":
-            raise
+        return command(first, words, log, watch)
+    except (Exception, Interrupted) as error:  # a monitor hears of it in any case
         text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
-        log.bare("VMBACKUP UNKNOWN - %s" % plain(text))  # a monitor hears of it in any case
+        log.bare("VMBACKUP UNKNOWN - %s" % plain(text))
         return 3
 
 
+def command(name, words, log, watch):
+    """Does what the command of this name, or else a run, is told by all the words."""
+    own = name in COMMANDS
+    words, usage = words[own:], usage_of(name if own else "<password>")[0]
+    missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
+    if missing and name == "check":
+        raise ConfigError("missing: " + missing)
+    if missing:
+        near = "" if own else similar(name, list(COMMANDS) + list(TEXTS))
+        write_text(sys.stderr, "%s\nMissing: %s%s\n" % (
+            "Usage: " + usage.strip() if own else USAGE.rstrip(),
+            missing if own else "<password> or <config-file|vm-selector>: both are needed",
+            ", or did you mean %s?" % near if near else ""))
+        return 3
+    if "<password>" in usage:
+        check_order(*words[:2])
+    if not own and words[1].lower().startswith("create-password-file="):
+        return create_password_file(words, log, watch)
+    places, options = parse_words(usage, words)
+    if name not in ("verify", "extract"):
+        return COMMANDS.get(name, backup_command)(places, options, log, watch)
+    with watch.attend(log.progress):
+        return watch.do(COMMANDS[name], places, options, log, watch)
+
+
 def parse_words(usage, words):
-    """(the words that stand in the places of a usage, {option: value} of the others, the settings
-    as pairs for make_settings). Raises ConfigError for a word that it does not show."""
+    """(the words that stand in the places of a usage, {option: value} of the others, with the pairs
+    for make_settings as `settings`). Raises ConfigError for a word that it does not show."""
     shown = re.findall(r"\[(.*?)\]", usage)
     options = {each.partition("=")[0]: each for each in shown}
     known = KNOWN if options.pop("name", None) else {}
     most = usage.count("<") + bool(options.pop("vm-name", None))
-    places, given, pairs = [], {}, []  # a VM may be called `json`
+    places, given = [], collections.defaultdict(list)  # type: Any, Any
     for word in words:
         key, separator, value = word.partition("=")
         key = key.lower()
@@ -5438,8 +5421,8 @@ def parse_words(usage, words):
         if len(places) < usage.count("<"):
             places.append(word)
         elif separator and (key in known or key == "only" and as_shown and value):
-            pairs.append((key, value, "command line"))
-        elif as_shown and key not in given and (value or not separator):
+            given["settings"].append((key, value, "command line"))
+        elif as_shown and (value or not separator and key not in given):  # or a VM bears the name
             given[key] = value
         elif len(places) < most and not (separator and "=" in usage):
             places.append(word)
@@ -5451,7 +5434,7 @@ def parse_words(usage, words):
             raise ConfigError("ERROR - invalid parameter %s: %s" % (
                 word, "did you mean %s?" % near if near else
                 "allowed are " + ", ".join(shown + list(known))))
-    return places, given, pairs
+    return places, given
 
 
 def check_order(*words):
@@ -5466,10 +5449,15 @@ def check_order(*words):
                           " local), a config file or selector and preview stand behind it")
 
 
-def create_password_file(path, password, log):
+def create_password_file(words, log, watch):
     """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
+    path = native(words[1].partition("=")[2])
+    if words[2:]:
+        raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
+                          % words[2])
     if not path:
         raise ConfigError("ERROR - create-password-file= needs the name of a file")
+    password = watch.pure(read_password, words[0], True)
     if os.path.lexists(path):
         read_password_file(path)
     try:
@@ -5480,11 +5468,12 @@ def create_password_file(path, password, log):
     return 0
 
 
-def backup_command(words, log, watch):
+def backup_command(places, options, log, watch):
     """A run or preview; returns the exit status."""
-    settings, preview = watch.do(parse_command, words)
+    (word, selector), preview = places, "preview" in options
+    settings = watch.do(read_settings, selector, options["settings"])
     if settings.config_file:
-        log("VmBackup config loaded from: %s" % words[1])
+        log("VmBackup config loaded from: %s" % selector)
     mistakes = watch.do(check_outputs, settings, log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
@@ -5492,11 +5481,11 @@ def backup_command(words, log, watch):
     try:
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+        hosts = endpoints(settings, make_hosts(settings, word == "local"))
         run.host = ", ".join(map(str, hosts))
         check_packages()
         watch.do(check_paths, settings)
-        run.exit_status = run.execute(hosts, watch.pure(credentials, settings, words[0]), preview)
+        run.exit_status = run.execute(hosts, watch.pure(credentials, settings, word), preview)
     except (Exception, Interrupted) as error:
         code = getattr(error, "exit_code", 2)
         run.exit_status = 3 if code == 2 and not run.begun else code
@@ -5510,17 +5499,17 @@ def backup_command(words, log, watch):
     return run.exit_status
 
 
-def parse_command(words):
-    """(Settings, preview) of all arguments. Raises ConfigError."""
-    (_, selector), given, more = parse_words(USAGE.splitlines()[0], words)
+def read_settings(selector, pairs):
+    """The Settings of a run: of its second argument, then of `pairs`. Raises ConfigError."""
     path = native(selector)
-    is_file = os.path.isfile(path)
-    config, pairs = (load_config(path), []) if is_file else ([], [parse_selector(selector)])
-    settings = make_settings(config, pairs + more)
-    settings.config_file = path if is_file else None
+    if os.path.isfile(path):
+        settings = make_settings(load_config(path), pairs)
+        settings.config_file = path
+    else:
+        settings = make_settings([], [parse_selector(selector)] + pairs)
     if not settings.pool_db_backup and all(rule.key == "exclude" for rule in settings.rules):
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
-    return settings, "preview" in given
+    return settings
 
 
 def parse_selector(text):
