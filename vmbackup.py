@@ -4662,7 +4662,8 @@ def check(places, options, log, watch):
                  if backups(item.found) or any(one.error for one in [item] + item.found)]
     if not asked:
         raise BackupError("no backup in %s" % top)
-    judged = sorted((_judge(*vm, *ages) for vm in asked), key=lambda item: item[0])
+    now = time.time()
+    judged = sorted((_judge(*vm, now, *ages) for vm in asked), key=lambda item: item[0])
     late = [item for item in judged if item[1]]
     status, known = judged[0][1], [item[3] for item in judged if item[3] is not None]
     told = ["%s (%s)" % (name, text) for _, _, name, _, text in late[:NAMED] or judged[:1]]
@@ -4681,13 +4682,13 @@ def check(places, options, log, watch):
     return status
 
 
-def _judge(vm, shelves, warn, crit):
+def _judge(vm, shelves, now, warn, crit):
     """(place in the order, exit status, name, age in seconds or None, text) of one VM."""
     errors = [item.error for shelf in shelves for item in [shelf] + shelf.found if item.error]
     made = [item.made for shelf in shelves for item in backups(shelf.found)]
     age, text, status = None, "never", 2
     if made:
-        age = int(time.time() - max(made))
+        age = int(now - max(made))
         text = time_text(age) if age >= -AHEAD else "%s in the future" % time_text(-age)
         status = 2 if age > crit or age < -AHEAD else 1 if age > warn else 0
     if errors:
@@ -5102,6 +5103,14 @@ def label_of(key, value):
 def write_metrics(run):
     """Replaces metrics_file atomically. Of the file that is there it keeps what other config files
     wrote, and the series of VMs that this run could not know or that only= left out."""
+    with opened(os.path.dirname(run.settings.metrics_file) or ".") as folder:
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another run's series are not lost
+        replace_file(run.settings.metrics_file, metrics(run).encode("utf-8"), 0o644)
+
+
+def metrics(run):
+    """The text of metrics_file."""
     settings, series, old = run.settings, {}, b""
     name = os.path.splitext(os.path.basename(settings.config_file or "none"))[0]
     mine = label_of("config", name)
@@ -5127,7 +5136,7 @@ def write_metrics(run):
         lines += ["vmbackup_%s{%s} %s" % (metric, labels, value)
                   for (of, labels), value in sorted(series.items())
                   if of == metric and value is not None]
-    replace_file(settings.metrics_file, ("\n".join(lines) + "\n").encode("utf-8"), 0o644)
+    return "\n".join(lines) + "\n"
 
 
 def vm_metrics(run, item):
@@ -5198,9 +5207,8 @@ def deliver(settings, data, timeout):
     context = ssl.create_default_context(cafile=settings.smtp_ca)
     if is_loopback(settings.smtp_server) and not settings.smtp_ca:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    connect: Any = smtplib.SMTP
-    if settings.smtp_port == 465:
-        connect = functools.partial(smtplib.SMTP_SSL, context=context)
+    tls = functools.partial(smtplib.SMTP_SSL, context=context)
+    connect: Any = tls if settings.smtp_port == 465 else smtplib.SMTP
     try:
         with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
                                         timeout=timeout)) as smtp:
@@ -5452,11 +5460,9 @@ def check_order(*words):
 def create_password_file(words, log, watch):
     """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
     path = native(words[1].partition("=")[2])
-    if words[2:]:
+    if words[2:] or not path:
         raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
-                          % words[2])
-    if not path:
-        raise ConfigError("ERROR - create-password-file= needs the name of a file")
+                          % words[-1])
     password = watch.pure(read_password, words[0], True)
     if os.path.lexists(path):
         read_password_file(path)
@@ -5474,7 +5480,7 @@ def backup_command(places, options, log, watch):
     settings = watch.do(read_settings, selector, options["settings"])
     if settings.config_file:
         log("VmBackup config loaded from: %s" % selector)
-    mistakes = watch.do(check_outputs, settings, log)
+    mistakes = watch.do(check_outputs, settings, word, log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
     watch.rate = settings.rate_limit * 10**6
@@ -5531,7 +5537,7 @@ def parse_selector(text):
     return "vm-export", text, "command line"
 
 
-def check_outputs(settings, log):
+def check_outputs(settings, word, log):
     """Mistakes in the names of the files that a run writes. Such a file is taken out of the
     settings, or the report of just this mistake would go there."""
     folder, config = os.path.dirname(KNOWN["status_log"].default), settings.config_file
@@ -5540,7 +5546,8 @@ def check_outputs(settings, log):
         if config:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    mistakes, taken = [], [os.path.realpath(config)] if config else []
+    read = (config, native(word), settings.smtp_password_file, settings.tls_ca)
+    mistakes, taken = [], [os.path.realpath(name) for name in read if name]
     for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
