@@ -4049,68 +4049,62 @@ HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all i
 LONGEST_CHUNK = 66 * MIB  # of an XVA, with headers and end: the same where the last one is longer
 HOST_ENDS = 120  # seconds that the task of a restore which was killed may still take to end
 UNUSED_ENDS = 5  # the same where nothing bears it: it may be that nothing was sent
-OWN_WORD = re.compile(r"preview\Z|(backup|sr|as)=.|preserve=(true|false)\Z", re.IGNORECASE)
 NOTE_FILE = re.compile(r"\.restore-[0-9a-f-]{36}\.json\Z")
 ELSEWHERE = "/var/tmp"  # for the notes, where backup_dir cannot be written  # noqa: S108
 
 
-def restore_command(words, log, watch):
-    """`restore`: a backup's way back to a pool. Returns the exit status. Raises ConfigError for
-    what is refused before anything was sent, another BackupError for what failed."""
-    wish = parse_restore(words)
-    settings = wish["settings"]
-    hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+def check_packages():
+    """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
+    import importlib.util
+
+    for module in ("XenAPI", "requests"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
+                              " vmbackup.pyz, which carries it" % (module, module))
+
+
+def restore(places, options, log, watch):
+    """A backup's way back to a pool. Returns the exit status. Raises ConfigError for what is
+    refused before anything was sent, another BackupError for what failed."""
+    path = os.path.realpath(native(places[1]))
+    if not os.path.exists(path):
+        raise ConfigError("ERROR - there is no config file, folder or export %s" % places[1])
+    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
+    if is_config != bool(places[2:]) or "backup" in options and not is_config:
+        raise ConfigError("ERROR - the VM's name is missing" if is_config else
+                          "ERROR - a VM's name and backup= go with a config file")
+    if options.get("preserve", "true").lower() not in ("true", "false"):
+        raise ConfigError("ERROR - preserve=%s: allowed are True, False" % options["preserve"])
+    settings = make_settings(load_config(path) if is_config else [], options["settings"])
+    if is_config:
+        folder = os.path.join(settings.backup_dir, native(folder_name(places[2])))
+        path = os.path.join(folder, native(options.get("backup", "")))
+    check_packages()
+    hosts = endpoints(settings, make_hosts(settings, places[0] == "local"))
     watch.rate = settings.rate_limit * 10**6
-    xapi = Xapi(hosts, watch.pure(credentials, settings, words[0]), log, watch)
+    xapi = Xapi(hosts, watch.pure(credentials, settings, places[0]), log, watch)
     if not settings.tls_verify:
         log("***WARNING - tls_verify=False: the host's certificate is not checked")
     try:
         with watch.attend(log.progress):
-            return watch.do(restore, wish, xapi, log)
+            return watch.do(restore_from, path, options, xapi, log)
     finally:
         watch.do(xapi.close)
 
 
-def parse_restore(words):
-    """What the command line asks for, a dictionary. Raises ConfigError."""
-    path, pairs = os.path.realpath(native(words[1])), []
-    if not os.path.exists(path):
-        raise ConfigError("ERROR - there is no config file, folder or export %s" % words[1])
-    is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
-    wish = {"path": path, "vm": None, "preview": False, "backup": None, "sr": None, "as": None,
-            "preserve": "False"}
-    for word in words[2:]:
-        key, separator, value = word.partition("=")
-        key = key.lower()
-        if OWN_WORD.match(word):
-            wish[key] = value or True
-        elif separator and key in KNOWN:
-            pairs.append((key, value, "command line"))
-        elif is_config and not separator and not wish["vm"]:
-            wish["vm"] = word
-        else:
-            names = ["preview", "backup=", "sr=", "as=", "preserve=True"] + list(KNOWN)
-            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
-    if is_config and not wish["vm"] or wish["backup"] and not is_config:
-        raise ConfigError("ERROR - the VM's name is missing" if is_config else
-                          "ERROR - backup= goes with a config file and a VM's name")
-    wish["settings"] = make_settings(load_config(path) if is_config else [], pairs)
-    return wish
-
-
-def restore(wish, xapi, log):
-    """The same in a worker."""
+def restore_from(path, options, xapi, log):
+    """The same in a worker. path: of what is restored; see find_source."""
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        source = find_source(wish, log, stack)
+        source = find_source(path, log, stack)
         xapi.connect()
         pool = xapi.pool()
         source.places.append(stack.enter_context(opened(ELSEWHERE)))
-        for place in [] if wish["preview"] else source.places:
+        for place in [] if "preview" in options else source.places:
             sweep(xapi, place, pool["uuid"], log)
-        plan = plan_restore(wish, source, xapi, pool, log)
+        plan = plan_restore(options, source, xapi, pool, log)
         xapi.watch.check()
-        if not wish["preview"]:
+        if "preview" not in options:
             with xapi.watch.activity("restore of " + source.label) as activity:
                 uuid = carry_out(xapi, source, plan, activity, log)
             log("restored: %s uuid=%s t:%d" % (plan.name, uuid, (time.monotonic() - begin) // 60))
@@ -4120,65 +4114,62 @@ def restore(wish, xapi, log):
 # --- what is on disk ---
 
 
-def find_source(wish, log, stack):
-    """What is restored: see read_source. It stays locked and open as long as `stack`. Raises
-    ConfigError, ArchiveError."""
-    settings, path, file, name = wish["settings"], wish["path"], None, wish["backup"]
-    top, vm, patterns = settings.backup_dir, native(folder_name(wish["vm"] or "")), None
+def find_source(path, log, stack):
+    """What is restored, a namespace: file (open), file_name, size, form (raw, vhd or None: an XVA),
+    kind (of object that it becomes), digest (the SHA-256 it has to have, or None), disk_size and
+    sr_uuid (of a single disk, as recorded), name and uuid of its VM, label, date, places
+    (descriptors of folders for the note). It stays locked and open as long as `stack`.
+
+    path: of a backup's folder, of an export, or of a VM's folder with a slash at its end: the
+    newest. Raises ConfigError, ArchiveError."""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
+    sums, places, disk_size, sr_uuid = {}, [], None, None
     try:
-        if wish["vm"]:
-            patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN]
+        if folder != path and not set(MARKERS).intersection(os.listdir(folder)):
+            item = Folder("", export=os.path.basename(path), made=os.stat(path).st_mtime)
+            fd = stack.enter_context(opened(folder))
         else:
-            path, file = (path, None) if os.path.isdir(path) else os.path.split(path)
-            above, name = os.path.split(path)
+            above, name = os.path.split(folder)
             top, vm = os.path.split(above)
-        if file and not set(MARKERS).intersection(os.listdir(path)):
-            made = os.stat(wish["path"]).st_mtime
-            lone = Folder(None, made, export=file, made=made)
-            return read_source(stack.enter_context(opened(path)), lone, [], stack)
-        top_fd = stack.enter_context(opened(top))
-        try:
-            stack.enter_context(Lock(top_fd, from_argv(vm), "read.lock", shared=True))
-        except OSError as error:
-            log("***WARNING - not locked against a deletion: %s" % describe(error))
-        vm_fd = stack.enter_context(opened(vm, top_fd))
-        for item in reversed(backups(scan(vm_fd, patterns))):
-            if name in (None, item.name):
-                fd = stack.enter_context(opened(item.name, vm_fd))
-                return read_source(fd, item, [top_fd], stack)
+            places.append(stack.enter_context(opened(top)))
+            try:
+                stack.enter_context(Lock(places[0], from_argv(vm), "read.lock", shared=True))
+            except OSError as error:
+                log("***WARNING - not locked against a deletion: %s" % describe(error))
+            vm_fd = stack.enter_context(opened(vm, places[0]))
+            found = [item for item in backups(scan(vm_fd, None)) if name in ("", item.name)]
+            if not found:
+                raise FileNotFoundError
+            fd = stack.enter_context(opened(found[-1].name, vm_fd))
+            export, sums, _ = look_into(fd)
+            item = found[-1]._replace(export=export)
+            if sums and export not in sums:
+                raise ArchiveError("SHA256SUMS does not list %s" % export)
+        file = stack.enter_context(io.FileIO(open_file(item.export, fd)))
+        stem, form = EXPORT.match(item.export).groups()
+        if form in ("raw", "vhd"):
+            disk_size, sr_uuid = recorded_disk(fd)
     except FileNotFoundError:
-        pass
+        raise ConfigError("ERROR - there is no such backup with a marker: %s" % path) from None
     except OSError as error:
         raise ConfigError("ERROR - cannot read the backup: %s" % describe(error)) from None
-    raise ConfigError("ERROR - there is no %sbackup with a marker in %s" % (
-        "such " if name else "", os.path.join(top, vm)))
-
-
-def read_source(fd, item, places, stack):
-    """A namespace of the export in a Folder whose descriptor is fd (a lone one's name is None):
-    file (open), file_name, size, form (raw, vhd or None: an XVA), digest (the SHA-256 it has to
-    have, or None), disk_size and sr_uuid (of a single disk, as recorded), name and uuid of its VM,
-    kind (of object that it becomes), label, date, places (descriptors of folders for the note)."""
-    export, sums, vm, vdi = item.export, {}, {}, {}
-    if item.name:
-        export, sums, _ = look_into(fd)
-        if sums and export not in sums:
-            raise ArchiveError("SHA256SUMS does not list %s" % export)
-        with contextlib.suppress(FileNotFoundError):
-            vm = read_cfg("vm.cfg", fd)
-    stem, form = EXPORT.match(export).groups()
     form = form if form in ("raw", "vhd") else None
-    for path in FIRST_DISKS if form else []:
-        with contextlib.suppress(FileNotFoundError), opened(os.path.dirname(path), fd) as disk:
-            vdi = vdi or read_cfg("vdi.cfg", disk)
-    file = stack.enter_context(io.FileIO(open_file(export, fd)))
-    size = vdi.get("virtual_size", "")
     return types.SimpleNamespace(
-        file=file, file_name=export, size=os.fstat(file.fileno()).st_size, digest=sums.get(export),
-        form=form, kind="VDI" if form else "VM", places=places, label=item.name or export,
-        disk_size=int(size) if size.isdigit() else None, sr_uuid=vdi.get("orig_sr_uuid"),
-        date=datetime.datetime.fromtimestamp(item.made), uuid=vm.get("orig_uuid", ""),
-        name=vm.get("name_label") or vm_name(stem))
+        file=file, file_name=item.export, size=os.fstat(file.fileno()).st_size, places=places,
+        form=form, kind="VDI" if form else "VM", digest=sums.get(item.export),
+        label=item.name or item.export, disk_size=disk_size, sr_uuid=sr_uuid, uuid=item.uuid,
+        date=datetime.datetime.fromtimestamp(item.made), name=item.label or vm_name(stem))
+
+
+def recorded_disk(fd):
+    """(virtual_size in bytes or None, uuid of its storage repository or None) of the first disk of
+    a backup's folder, by its vdi.cfg."""
+    for path in FIRST_DISKS:
+        with contextlib.suppress(FileNotFoundError):
+            vdi = read_cfg(path, fd)
+            size = vdi.get("virtual_size", "")
+            return int(size) if size.isdigit() else None, vdi.get("orig_sr_uuid")
+    return None, None
 
 
 def read_ova(source):
@@ -4207,17 +4198,15 @@ def held_back(source):
 def plan_restore(wish, source, xapi, pool, log):
     """What a restore makes, and where, a namespace: checked against the pool, and logged. Changes
     nothing. Raises ConfigError where it is refused."""
-    hosts, name = collections.defaultdict(list), source.name
-    for pbd in xapi.all("PBD").values():
-        if pbd["currently_attached"]:
-            hosts[pbd["SR"]].append(pbd["host"])
+    pbds = [pbd for pbd in xapi.all("PBD").values() if pbd["currently_attached"]]
     srs = {ref: dict(sr, free=max(int(sr["physical_size"]) - int(sr["physical_utilisation"]), 0))
-           for ref, sr in xapi.all("SR").items() if hosts[ref] and sr["content_type"] != "iso"}
-    ref = choose_sr(wish["sr"], source, pool, srs)
-    plan = types.SimpleNamespace(pool=pool, sr=ref, preserve=wish["preserve"].lower(), names=[],
-                                 kin=[], length=source.size,
-                                 host=None if pool["master"] in hosts[ref] else hosts[ref][0])
-    others, networks = xapi.all(source.kind), []
+           for ref, sr in xapi.all("SR").items()
+           if sr["content_type"] != "iso" and ref in [pbd["SR"] for pbd in pbds]}
+    ref = choose_sr(wish.get("sr"), source, pool, srs)
+    plan = types.SimpleNamespace(
+        pool=pool, sr=ref, hosts=[pbd["host"] for pbd in pbds if pbd["SR"] == ref],
+        preserve=wish.get("preserve", "false").lower(), names=[], kin=[], length=source.size)
+    others, name, networks = xapi.all(source.kind), source.name, []
     if source.form:
         told = int.from_bytes(os.pread(source.file.fileno(), 8, 48), "big")  # a VHD's own size
         plan.sizes = [told if source.form == "vhd" else source.disk_size or source.size]
@@ -4235,16 +4224,15 @@ def plan_restore(wish, source, xapi, pool, log):
         plan.kin = [vm["name_label"] for vm in others.values() if not vm["is_a_snapshot"] and (
             vm in twins or vm["name_label"] == name
             or vm["uuid"] in (source.uuid, archived["uuid"]))]
-    plan.name = choose_name(wish["as"], name, source, others)
+    plan.name = choose_name(wish.get("as"), name, source, others)
     plan.names.append(plan.name)
-    log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there" % (
+    size, free = sum(plan.sizes), srs[ref]["free"]
+    log("%s, %s (%s), becomes the %s %s on %s: %s of %s, %s free there%s" % (
         source.label, source.file_name, size_text(source.size), "disk" if source.form else "VM",
-        plan.name, srs[ref]["name_label"], plural(len(plan.sizes), "disk"),
-        size_text(sum(plan.sizes)), size_text(srs[ref]["free"])))
-    if sum(plan.sizes) > srs[ref]["free"]:
-        log("***WARNING - that may not fit")
-    there = {name for other in xapi.all("network").values()
-             for name in (other["name_label"], other["bridge"])}
+        plan.name, srs[ref]["name_label"], plural(len(plan.sizes), "disk"), size_text(size),
+        size_text(free), " - ***WARNING - that may not fit" if size > free else ""))
+    there = {network[key] for network in xapi.all("network").values()
+             for key in ("name_label", "bridge")}
     for network in networks:
         if not there.intersection((network["name_label"], network["bridge"])):
             log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
@@ -4304,14 +4292,15 @@ def carry_out(xapi, source, plan, activity, log):
     """Makes what was planned and returns its uuid. If it fails, nothing that it made is left."""
     query = {"format": source.form} if source.form else {
         "sr_id": plan.sr, "restore": plan.preserve}
-    endpoint = xapi.at(xapi.call("host.get_address", plan.host)) if plan.host else xapi.master()
-    lock = None
+    lock, endpoint = None, xapi.master()
+    if plan.pool["master"] not in plan.hosts:
+        endpoint = xapi.at(xapi.call("host.get_address", plan.hosts[0]))
     try:
         with Stream(xapi, "/import_raw_vdi" if source.form else "/import", query, activity,
                     endpoint, put=True) as stream:
             task = xapi.call("task.get_record", stream.task)
             facts = {"pool": plan.pool["uuid"], "task": stream.task, "names": plan.names,
-                     "created": moment_of(task["created"]), "disks": len(plan.sizes),
+                     "created": str(task["created"]), "disks": len(plan.sizes),
                      "backup": source.label, "kind": source.kind,
                      "time": time.strftime("%Y-%m-%d %H:%M:%S")}
             name = ".restore-%s.json" % task["uuid"]
@@ -4391,10 +4380,6 @@ def finish(xapi, source, plan, ref, record, log):
             " bootable=false" % record["uuid"])
         log("  xe vbd-plug uuid=VBD  (if the VM runs)")
         return
-    others = [vm["name_label"] for other, vm in xapi.all("VM").items()
-              if other != ref and not vm["is_a_snapshot"]]
-    while plan.name in others:  # another restore was quicker
-        plan.name += "-2"
     xapi.call("VM.set_name_label", ref, plan.name)
     xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
         source.label, record["name_description"])).strip())
@@ -4411,18 +4396,12 @@ def finish(xapi, source, plan, ref, record, log):
 # --- what a restore leaves that is cut off ---
 
 
-def moment_of(date):
-    """A date of XAPI's as digits, which compare."""
-    return re.sub(r"\D", "", str(date))[:14]
-
-
 def write_note(places, name, facts, log):
     """Writes the file that tells the next restore what this one may leave, into the first of the
     folders that takes it; (descriptor of the folder, that of the file, which locks it)."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for place in places:
         try:
-            fd = os.open(name, flags, 0o600, dir_fd=place)
+            fd = new_file(name, place)
             fcntl.flock(fd, fcntl.LOCK_EX)  # where there are no locks, the next place serves
             os.write(fd, json.dumps(facts).encode("ascii"))
             os.fsync(fd)
@@ -4439,13 +4418,11 @@ def write_note(places, name, facts, log):
 def sweep(xapi, place, pool, log):
     """Clears away what restores left on this pool that live no more, by their notes in a folder."""
     for name in sorted(filter(NOTE_FILE.match, os.listdir(place))):
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            with open(os.open(name, flags, dir_fd=place), "rb") as file:
+            with open(open_file(name, place), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 about, users = os.fstat(file.fileno()), (os.geteuid(), os.fstat(place).st_uid)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022
-                        or about.st_uid not in users):
+                if about.st_mode & 0o022 or about.st_uid not in users:
                     raise BackupError("not a note that only its owner can have written")
                 facts = json.loads(file.read(MIB).decode("ascii") or "{}")
                 if facts and facts["pool"] != pool:
@@ -4465,20 +4442,16 @@ def sweep(xapi, place, pool, log):
 def clear_away(xapi, facts, log):
     """Destroys what a restore made and did not finish: what bears its own import_task, and only
     while nothing tells that somebody took it into use. What is left alone is named."""
-    begin, task = time.monotonic(), facts["task"]
-    while True:
-        record = xapi.records("task", [task]).get(task)
-        if not record or record["status"] not in ("pending", "cancelling"):
-            break
-        with contextlib.suppress(XapiError):
-            xapi.call("task.cancel", task)
-        waited = time.monotonic() - begin
-        if waited > HOST_ENDS or xapi.watch.time_left() < CLEANUP_GRACE:
-            raise BackupError("the host is still at work on it")
-        kinds = ("VM", "VDI") if facts["kind"] == "VM" else ()  # none destroys a disk in use
-        if waited > UNUSED_ENDS and not any(marked(xapi.all(kind), task) for kind in kinds):
-            break  # a task that nothing was ever begun with does not end
-        time.sleep(1)
+    task, kinds = facts["task"], ("VM", "VDI") if facts["kind"] == "VM" else ()
+    with contextlib.suppress(XapiError):
+        xapi.call("task.cancel", task)
+    begun = any(marked(xapi.all(kind), task) for kind in kinds)  # else it may never end
+    try:
+        xapi.wait_for(task, HOST_ENDS if begun else UNUSED_ENDS,
+                      "what the host is still at work on", False)
+    except XapiError as error:
+        if begun or error.code != "TASK_TIMEOUT" or xapi.watch.time_left() < CLEANUP_GRACE:
+            raise
     with contextlib.suppress(XapiError):
         xapi.call("task.destroy", task)
     for record in patiently(xapi.watch, lambda: clear(xapi, facts)):
@@ -4496,35 +4469,30 @@ def marked(records, task):
 
 def clear(xapi, facts):
     """One attempt at that; whoever repeats it does no harm. Returns the records of the VMs and
-    disks that it leaves alone."""
-    vms, vbds, vdis = xapi.all("VM"), xapi.all("VBD"), marked(xapi.all("VDI"), facts["task"])
-    own, left, gone = marked(vms, facts["task"]), [], None
-    copied = len(own) > 1 or len(vdis) > facts["disks"]
-    for ref, vm in own.items():
+    disks if they are left alone."""
+    vms, created = xapi.all("VM"), facts["created"]
+    own, disks = marked(vms, facts["task"]), marked(xapi.all("VDI"), facts["task"])
+    used = len(own) > 1 or len(disks) > facts["disks"]  # it was copied
+    for vm in own.values():
         metrics = xapi.records("VM_metrics", [vm["metrics"]]).get(vm["metrics"], {})
-        disks = [vbds[vbd]["VDI"] for vbd in vm["VBDs"] if vbds[vbd]["type"] == "Disk"]
-        if (copied or vm["snapshots"] or vm["power_state"] != "Halted"
-                or vm["name_label"] not in facts["names"]
-                or moment_of(metrics.get("start_time")) > facts["created"]
-                or any(disk not in vdis or len(vdis[disk]["VBDs"]) > 1 or vdis[disk]["snapshots"]
-                       for disk in disks)):
-            left.append(vm)
-        elif vm["current_operations"]:
-            raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
-        else:
-            destroy(xapi, "VM.destroy", ref)
-            gone = ref
-    for ref, vdi in vdis.items():
-        users = {vbds[vbd]["VM"] for vbd in vdi["VBDs"] if vbd in vbds} - {gone}
-        if copied or vdi["snapshots"] or not all(
-                vms[vm]["is_control_domain"] for vm in users if vm in vms):
-            left.append(vdi)
-        else:
-            destroy(xapi, "VDI.destroy", ref)
+        used = used or vm["power_state"] != "Halted" or vm["name_label"] not in facts["names"]
+        used = used or str(metrics.get("start_time", "")) > created
+    used = used or any(each["snapshots"] for each in itertools.chain(own.values(), disks.values()))
+    for vbd in xapi.all("VBD").values():
+        foreign = vbd["type"] == "Disk" and (vbd["VM"] in own) != (vbd["VDI"] in disks)
+        used = used or foreign and not vms.get(vbd["VM"], {}).get("is_control_domain")
+    if used:
+        return [*own.values(), *disks.values()]
+    if any(vm["current_operations"] for vm in own.values()):
+        raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
+    for ref in own:
+        destroy(xapi, "VM.destroy", ref)
+    for ref in disks:
+        destroy(xapi, "VDI.destroy", ref)
     for ref, network in marked(xapi.all("network"), facts["task"]).items():
         if not network["VIFs"] and not network["PIFs"]:
             destroy(xapi, "network.destroy", ref)
-    return left
+    return []
 
 
 # ============================== list and check ==============================
@@ -4536,28 +4504,29 @@ FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps g
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
 
-def open_shelf(words):
-    """(folder, Settings or None) of the first word: a config file (its backup_dir) or a folder."""
-    top, settings = native(words[0]), None
-    if not os.path.exists(top) and any(os.path.exists(native(word)) for word in words[1:]):
-        raise ConfigError("ERROR - the config file or folder has to stand first: no password here")
+def open_top(word):
+    """(folder, Settings or None) of a config file (its backup_dir) or a folder."""
+    top, settings = native(word), None
     if os.path.isfile(top):
         settings = make_settings(load_config(top), [])
         top = settings.backup_dir
     if not os.path.isdir(top):
-        raise ConfigError("ERROR - there is no such config file or folder: %s" % top)
+        raise ConfigError("ERROR - there is no such config file or folder: %s (it stands first, for"
+                          " no password is needed here)" % top)
     return os.path.abspath(top), settings
 
 
-def take_stock(top, settings, watch):
-    """([Shelf, ...], whether `top` is one VM's or one backup's folder). A folder that holds no
-    backup, nor what looks like one, is no VM's: pool dumps, ISOs. Raises OSError, Interrupted."""
+def take_stock(word, watch):
+    """(folder, Settings or None, [Shelf, ...], whether it is one VM's or one backup's) of a config
+    file or folder. A folder that holds no backup, nor what looks like one, is no VM's: pool dumps,
+    ISOs. Raises OSError, ConfigError, Interrupted."""
+    top, settings = open_top(word)
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
     (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
         single = None if settings else _shelf(fd, folder, patterns)
         if single and single.found:
-            return [single], True
+            return top, None, [single], True
         for name in sorted(os.listdir(fd)):
             watch.check()
             try:
@@ -4570,11 +4539,13 @@ def take_stock(top, settings, watch):
         if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
             with opened(above) as vm_fd:
                 single = _shelf(vm_fd, os.path.basename(above), patterns)
-            return [single._replace(found=[x for x in single.found if x.name == folder])], True
+            return top, None, [single._replace(
+                found=[item for item in single.found if item.name == folder])], True
     names = collections.Counter(item.vm for item in shelves)
-    return [item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
-            item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
-            for item in shelves], False
+    return top, settings, [
+        item if names[item.vm] == 1 or item.folder == native(folder_name(item.vm)) else
+        item._replace(vm="%s (in %s)" % (item.vm, from_argv(item.folder)))  # it was renamed
+        for item in shelves], False
 
 
 def _shelf(vm_fd, folder, patterns):
@@ -4634,19 +4605,14 @@ def _details(shelf, settings, choices):
                "pinned": item.pinned, "kept_by": ruled, "odd": _odd(item)}
 
 
-def list_command(words, log, watch):
+def list_backups(places, options, log, watch):
     """Prints what is there, as a table or as JSON. Returns 0, or 2 where no backup is."""
-    as_json = len(words) > 1 and words[-1].lower() == "json"
-    words = words[:-1] if as_json else words
-    if len(words) > 2:
-        raise ConfigError("ERROR - invalid parameter %s: list <config-file|folder> [vm-name] [json]"
-                          % words[2])
-    top, settings = watch.do(open_shelf, words)
-    every, single = watch.do(take_stock, top, settings, watch)
-    shelves = _named(every, words[1]) if len(words) > 1 else every
+    top, settings, shelves, single = watch.do(take_stock, places[0], watch)
+    choices = _chosen(settings, shelves, watch) if settings and places[1:] else []
+    for vm in places[1:]:
+        shelves = _named(shelves, vm)
     good = [item for shelf in shelves for item in backups(shelf.found)]
-    if single or len(words) > 1:
-        choices = _chosen(settings, every, watch) if settings else []
+    if single or places[1:]:
         entries = [facts for item in shelves for facts in _details(item, settings, choices)]
         rows = [("backup", "age", "size", "kept by")] + [
             (item["folder"], _age(item), size_text(item["bytes"]), ", ".join(dict.fromkeys(
@@ -4664,52 +4630,36 @@ def list_command(words, log, watch):
     lines.append("%s of %s, %s; %s free in %s" % (
         plural(len(good), "backup"), plural(len(shelves), "VM"),
         size_text(sum(item.size for item in good)), size_text(shutil.disk_usage(top).free), top))
-    for line in [json.dumps(entries, indent=2)] if as_json else map(printable, lines):
+    for line in [json.dumps(entries, indent=2)] if "json" in options else map(printable, lines):
         log.bare(line)
     return 0 if good else 2
 
 
 def _age(facts):
-    """Not more than a column of a table needs: '2 h', '3 d 2 h', '41 d'."""
     age = facts["age_seconds"]
-    unit = 86400 if (age or 0) > 10 * 86400 else 3600 if (age or 0) > 3600 else 1
-    return "-" if age is None else time_text(age // unit * unit)
+    return "-" if age is None else time_text(age)
 
 
-def check_command(words, log, watch):
-    """Prints a line for Nagios and its like, then one for each VM that is late, worst first; the
-    line in any case. Returns the exit status."""
-    try:
-        return _check(words, log, watch)
-    except (Exception, Interrupted) as error:
-        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
-        log.bare("VMBACKUP UNKNOWN - %s" % _plain(text))
-        return 3
-
-
-def _plain(text):
+def plain(text):
+    """Text without what divides a monitor's line."""
     return re.sub("[|'\"`]", "_", printable(text))
 
 
-def _check(words, log, watch):
-    ages, given = {"warn": 26 * AGES["h"], "crit": 50 * AGES["h"]}, []
-    if not words:
-        raise ConfigError("missing: <config-file|folder>")
-    for word in words[1:]:
-        age = re.match(r"(warn|crit)=([1-9][0-9]{0,8})([mhdw])\Z", word.lower())
-        if age:
-            ages[age.group(1)] = int(age.group(2)) * AGES[age.group(3)]
-        elif given or "=" in word:
-            raise ConfigError("ERROR - invalid parameter %s: check <config-file|folder> [vm-name]"
-                              " [warn=26h] [crit=50h], with ages like 90m, 26h, 3d, 2w" % word)
-        else:
-            given.append(word)
-    if ages["crit"] < ages["warn"]:
+def check(places, options, log, watch):
+    """Prints a line for Nagios and its like, then one for each VM that is late, worst first.
+    Returns the exit status."""
+    ages = []
+    for key, default in (("warn", "26h"), ("crit", "50h")):
+        age = re.match(r"([1-9][0-9]{0,8})([mhdw])\Z", options.get(key, default).lower())
+        if not age:
+            raise ConfigError("ERROR - %s=%s: allowed are ages like 90m, 26h, 3d, 2w" % (
+                key, options[key]))
+        ages.append(int(age.group(1)) * AGES[age.group(2)])
+    if ages[1] < ages[0]:
         raise ConfigError("ERROR - crit= (default 50h) is below warn= (default 26h)")
-    top, settings = watch.do(open_shelf, words)
-    shelves, _ = watch.do(take_stock, top, settings, watch)
-    if given:
-        asked = [(given[0], _named(shelves, given[0]))]
+    top, settings, shelves, _ = watch.do(take_stock, places[0], watch)
+    if places[1:]:
+        asked = [(places[1], _named(shelves, places[1]))]
     elif settings:
         asked = [(choice.name, choice.refs) for choice in _chosen(settings, shelves, watch)]
     else:
@@ -4717,40 +4667,39 @@ def _check(words, log, watch):
                  if backups(item.found) or any(one.error for one in [item] + item.found)]
     if not asked:
         raise BackupError("no backup in %s" % top)
-    judged = sorted((_judge(*vm, **ages) for vm in asked), key=lambda item: item[0])
+    now = time.time()
+    judged = sorted((_judge(*vm, now, *ages) for vm in asked), key=lambda item: item[0])
     late = [item for item in judged if item[1]]
     status, known = judged[0][1], [item[3] for item in judged if item[3] is not None]
-    told = ["%s (%s)" % (name, text) for _, _, name, _, text in (late or judged)[:NAMED]]
+    told = ["%s (%s)" % (name, text) for _, _, name, _, text in late[:NAMED] or judged[:1]]
     told += ["and %d more" % (len(late) - NAMED)] * (len(late) > NAMED)
-    count = "%d of %d VMs: " % (len(late), len(judged)) if late else (
-        "%s, longest ago " % plural(len(judged), "VM"))
     figures = ["vms=%d late=%d;0;0" % (len(judged), sum(item[1] in (1, 2) for item in judged))]
     if known:
-        figures.append("oldest=%ds;%d;%d newest=%ds" % (
-            max(known), ages["warn"], ages["crit"], min(known)))
+        figures.append("oldest=%ds;%d;%d newest=%ds" % (max(known), *ages, min(known)))
     figures.append("free=%dB" % shutil.disk_usage(top).free)
-    log.bare("VMBACKUP %s - %s%s | %s" % (("OK", "WARNING", "CRITICAL", "UNKNOWN")[status], count,
-                                          ", ".join(told if late else told[:1]),
-                                          " ".join(figures)))
+    log.bare("VMBACKUP %s - %s%s | %s" % (
+        ("OK", "WARNING", "CRITICAL", "UNKNOWN")[status],
+        "%d of %d VMs: " % (len(late), len(judged)) if late else (
+            "%s, longest ago " % plural(len(judged), "VM")), ", ".join(told), " ".join(figures)))
     for _, _, name, age, text in late:
         gone = "; gone? exclude=%s, or move its folder" % name if (age or 0) > FORGOTTEN else ""
         log.bare("%s: %s%s" % (name, text, gone))
     return status
 
 
-def _judge(vm, shelves, warn, crit):
+def _judge(vm, shelves, now, warn, crit):
     """(place in the order, exit status, name, age in seconds or None, text) of one VM."""
     errors = [item.error for shelf in shelves for item in [shelf] + shelf.found if item.error]
     made = [item.made for shelf in shelves for item in backups(shelf.found)]
     age, text, status = None, "never", 2
     if made:
-        age = int(time.time() - max(made))
+        age = int(now - max(made))
         text = time_text(age) if age >= -AHEAD else "%s in the future" % time_text(-age)
         status = 2 if age > crit or age < -AHEAD else 1 if age > warn else 0
     if errors:
         status, text = 3, "cannot be read: " + errors[0]
     order = (2, 3, 1, 0).index(status), -float("inf" if age is None else age)
-    return order, status, _plain(vm), age, _plain(text)
+    return order, status, plain(vm), age, plain(text)
 
 
 # ============================== verify and extract ==============================
@@ -4769,34 +4718,22 @@ def marked_folders(top):
             found.append(error.filename)
 
     for path, folders, files in os.walk(top, onerror=fail):
-        if path.count("/") == top.count("/") + 2:
-            folders.clear()
+        folders[:] = sorted(folders) if path.count("/") < top.count("/") + 2 else []
         if set(MARKERS).intersection(files):  # a VM may be called `success`
-            found.append(path)
-    found.sort(key=lambda path: path.split("/"))
-    # A marker may lie where no backup is: above one.
-    return [path for path, after in zip(found, found[1:] + [""])
-            if not after.startswith(path + "/")]
+            # A marker may lie where no backup is: above one.
+            found = [other for other in found if not path.startswith(other + "/")] + [path]
+    return found
 
 
-def verify_command(words, log, watch):
+def verify(places, _options, log, watch):
     """Proves every marked backup below a config file's backup_dir or a folder, or one export file:
     sums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
-    if len(words) > 2:
-        raise ConfigError("ERROR - invalid parameter %s: verify <config-file|folder|file> [vm-name]"
-                          % words[2])
-    with watch.attend(log.progress):
-        return watch.do(verify, words[0], words[1:], log, watch)
-
-
-def verify(word, only, log, watch):
-    """The same in a worker. only: a VM's name or nothing."""
-    top, good, bad = os.path.abspath(native(word)), 0, 0
+    top, only = os.path.abspath(native(places[0])), places[1:]
     lone = os.path.isfile(top) and EXPORT.match(top)
-    top = top if lone else open_shelf([word] + only)[0]
+    results, top = collections.Counter(), top if lone else open_top(places[0])[0]
+    names = {nfc(native(each)) for vm in only for each in (folder_name(vm), vm)}
     for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
-        names = [nfc(native(each)) for name in only for each in (folder_name(name), name)]
         if names and not lone and nfc(vm) not in names:
             continue
         label = "VmBackup verify %s/%s" % (vm, name)
@@ -4804,16 +4741,16 @@ def verify(word, only, log, watch):
             with watch.activity(vm) as activity:
                 proved = verify_path(path, watch, activity)
             log("%s - ***Success*** %s" % (label, ", ".join(proved)))
-            good += 1
+            results["good"] += 1
         except Exception as error:  # one odd folder must not end the others' turn
             if lone or marked_folders(path):  # else a run is deleting it meanwhile
                 log("%s - ***ERROR*** %s" % (label, reason_of(error)))
-                bad += 1
-    if not good + bad:
+                results["bad"] += 1
+    if not results:
         log("ERROR - no marked backup%s in %s" % (" of " + only[0] if only else "", top))
-    fine = good and not bad
-    text = "Success" if fine else "**ERRORS DETECTED**"
-    log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (text, good, bad))
+    fine = results and not results["bad"]
+    log("VmBackup verify ended - %s - S:%d W:0 E:%d" % (
+        "Success" if fine else "**ERRORS DETECTED**", results["good"], results["bad"]))
     return 0 if fine else 2
 
 
@@ -4827,7 +4764,7 @@ def verify_path(path, watch, activity):
         export, sums, ours = look_into(fd)
         told = check_metadata(fd, export, sums) if sums or ours else ["NOT sha256 (no SHA256SUMS)"]
         digest, proved = read_export(
-            export, fd, watch, activity, hash_all, prover(export, recorded_size(fd)))
+            export, fd, watch, activity, hash_all, prover(export, recorded_disk(fd)[0]))
     if sums.get(export, digest) != digest:
         raise ArchiveError("%s does not match SHA256SUMS" % export)
     return told + proved
@@ -4849,18 +4786,14 @@ def read_export(name, dir_fd, watch, activity, *consumers):
 
 def check_metadata(fd, export, sums):
     """Phrases about what is beside the export: everything listed, right and there."""
-    texts, missing = {}, set(sums) - {export}
-    for path in files_below(fd):
-        if path in MARKERS + ("SHA256SUMS", "keep", export):
-            continue
-        if path not in sums:
-            raise ArchiveError("%s is not listed in SHA256SUMS" % path)
-        texts[path] = read_small(path, fd, METADATA_LIMIT)
-        if hashlib.sha256(texts[path]).hexdigest() != sums[path]:
+    paths = set(files_below(fd)) - set(MARKERS) - {"SHA256SUMS", "keep", export}
+    for path in sorted(paths.symmetric_difference(set(sums) - {export})):
+        raise ArchiveError("%s is %s" % (
+            path, "not listed in SHA256SUMS" if path in paths else "missing"))
+    texts = {path: read_small(path, fd, METADATA_LIMIT) for path in paths}
+    for path, data in texts.items():
+        if hashlib.sha256(data).hexdigest() != sums[path]:
             raise ArchiveError("%s does not match SHA256SUMS" % path)
-        missing.discard(path)
-    if missing:
-        raise ArchiveError("%s is missing" % min(missing))
     alone = re.search(rb"^vm_metadata=none$", texts.get("vm.cfg", b""), re.MULTILINE)
     for name in (export, "vm.cfg") + (() if alone else ("vm-metadata.xml",)):
         if name not in sums:
@@ -4888,37 +4821,16 @@ def files_below(fd, above=""):
                 yield from files_below(fd, path + "/")
 
 
-def recorded_size(fd):
-    """virtual_size in bytes of the first disk as its vdi.cfg tells it, or None."""
-    for path in FIRST_DISKS:
-        with contextlib.suppress(FileNotFoundError):
-            size = read_cfg(path, fd).get("virtual_size", "")
-            return int(size) if size.isdigit() else None
-    return None
-
-
 # --- extract ---
 
 
-def extract_command(words, log, watch):
+def extract(places, options, log, watch):
     """Writes the disks of an XVA as sparse raw images, proved on the way; returns 0, or raises."""
-    to, label = ".", None
-    for word in words[1:]:
-        key, _, value = word.partition("=")
-        if key.lower() not in ("to", "disk") or not value:
-            raise ConfigError("ERROR - invalid parameter %s: extract <backup-folder|file>"
-                              " [to=FOLDER] [disk=LABEL]" % word)
-        to, label = (native(value), label) if key.lower() == "to" else (to, value)
+    source, to, fd, sums = native(places[0]), native(options.get("to", ".")), None, {}
     if not os.path.isdir(to):
         raise ConfigError("ERROR - there is no such folder: to=%s" % to)
-    with watch.attend(log.progress):
-        return watch.do(extract, native(words[0]), to, label, log, watch)
-
-
-def extract(source, to, label, log, watch):
-    """The same in a worker. label: of the only disk to write; None: all."""
     with contextlib.ExitStack() as stack:
-        export, fd, sums = source, None, {}
+        export = source
         if os.path.isdir(source):
             fd = stack.enter_context(opened(source))
             export, sums, _ = look_into(fd)
@@ -4930,7 +4842,7 @@ def extract(source, to, label, log, watch):
                 os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
                 shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
             return 0
-        images = Images(stack.enter_context(opened(to)), stem, label, log)
+        images = Images(stack.enter_context(opened(to)), stem, options.get("disk"), log)
         stack.callback(images.close)
         activity = stack.enter_context(watch.activity(stem))
         proved, *digest = read_export(export, fd, watch, activity, prover(export, sink=images),
@@ -4997,7 +4909,6 @@ class Images:
 PROGRESS_EVERY = 300  # seconds between the progress lines where there is no terminal
 SILENT = 30  # seconds without a byte after which the host is shown as silent
 MAIL_TIMEOUT = 60  # seconds
-MAIL_PAUSE = 5  # seconds between the three tries
 
 
 class Log:
@@ -5005,12 +4916,12 @@ class Log:
     locale, from any thread; and on a terminal a progress line that rewrites itself. `lines` holds
     what was logged."""
 
-    def __init__(self, out, err, environment, watch=None):
-        self.lines, self._watch = [], watch
-        self._out, self._err, self._lock = out, err, threading.RLock()
+    def __init__(self, watch):
+        self.lines, self._watch, self._lock = [], watch, threading.RLock()
         self._shown, self._told = "", time.monotonic()
-        rich = environment.get("TERM", "dumb") != "dumb" and not environment.get("NO_COLOR")
-        colour, live = [stream is not None and stream.isatty() for stream in (out, err)]
+        rich = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+        streams = sys.stdout, sys.stderr
+        colour, live = [stream is not None and stream.isatty() for stream in streams]
         self._colour, self._live, self._plain = rich and colour, rich and live, not live
 
     def __call__(self, text):
@@ -5026,25 +4937,23 @@ class Log:
     def bare(self, text):
         """Writes a text to standard output as it is, and a line end."""
         with self._lock:
-            self._show("")
-            write_text(self._out, text + "\n", self._watch)
+            self.show()
+            write_text(sys.stdout, text + "\n", self._watch)
 
-    def _show(self, text):
-        if self._shown or text:
-            write_text(self._err, "\r\x1b[K" + text, self._watch)
-            self._shown = text
-
-    def close(self):
+    def show(self, text=""):
+        """The progress line is to be this."""
         with self._lock:
-            self._show("")
+            if self._shown or text:
+                write_text(sys.stderr, "\r\x1b[K" + text, self._watch)
+                self._shown = text
 
     def progress(self, activities):
         """Shows the Activities under way; called once a second."""
         now = time.monotonic()
         if self._live:
-            with self._lock, contextlib.suppress(OSError):
-                columns = os.get_terminal_size(self._err.fileno()).columns or 80
-                self._show(progress_line(activities, max(columns - 1, 1), now))
+            with contextlib.suppress(OSError):
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                self.show(progress_line(activities, max(columns - 1, 1), now))
         elif self._plain and activities and now - self._told > PROGRESS_EVERY:
             self._told = now
             for activity in activities:
@@ -5054,14 +4963,11 @@ class Log:
 def progress_line(activities, columns, now):
     """What is under way, in one line of so many columns: in full where that fits, else in short, as
     many as fit and how many more there are."""
-    line = "  |  ".join(progress_text(activity, now) for activity in activities)
-    if len(line) > columns:
-        parts = [progress_text(activity, now, short=True) for activity in activities]
-        for more in range(len(parts)):
-            line = "  |  ".join(parts[: len(parts) - more] + (["+%d" % more] if more else []))
-            if len(line) <= columns:
-                break
-    return line[:columns]
+    full = [progress_text(activity, now) for activity in activities]
+    short = [progress_text(activity, now, short=True) for activity in activities]
+    fewer = [short[:-more] + ["+%d" % more] for more in range(1, len(short))]
+    lines = ["  |  ".join(parts) for parts in [full, short] + fewer]
+    return next((line for line in lines if len(line) <= columns), lines[-1])[:columns]
 
 
 def progress_text(activity, now, short=False):
@@ -5109,9 +5015,9 @@ def write_text(stream, text, watch=None):
 
 def make_status(path, log, warnings):
     """The function that appends a line to the status log (none if path is None) and flushes it.
-    The first failure is logged and added to `warnings`. A new one may be read by monitors of other
+    A failure is logged and added to `warnings`, once. A new one may be read by monitors of other
     users, whatever the umask."""
-    lock, server, failed = threading.Lock(), short_host_name(), []
+    lock, server = threading.Lock(), short_host_name()
 
     def status(program, *texts):
         stamp = datetime.datetime.now().strftime("%Y/%m/%d %H:%M:%S")
@@ -5120,14 +5026,14 @@ def make_status(path, log, warnings):
             with lock:
                 new = not os.path.exists(path)
                 with open(path, "ab") as file:
+                    file.write(line.encode("utf-8"))
                     if new:
                         os.fchmod(file.fileno(), 0o644)
-                    file.write(line.encode("utf-8"))
         except OSError as error:
-            if not failed:
-                failed.append("***WARNING - the status log cannot be written: %s" % describe(error))
-                warnings.append(failed[0])
-                log(failed[0])
+            text = "***WARNING - the status log cannot be written: %s" % describe(error)
+            if text not in warnings:
+                warnings.append(text)
+                log(text)
 
     return status if path else lambda *texts: None
 
@@ -5139,7 +5045,7 @@ def replace_file(path, data, mode):
     temporary = os.path.join(folder, ".%s.vmbackup" % name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    fd = new_file(temporary, None)
     try:
         with open(fd, "wb") as file:
             if mode != 0o600:  # it is that from its first byte
@@ -5259,8 +5165,8 @@ def vm_metrics(run, item):
 
 
 def send_mail(run):
-    """Mails the table, the reasons and the log, in three tries. Raises OSError (smtplib's errors
-    are) or what the email package says of odd addresses."""
+    """Mails the table, the reasons and the log. Raises BackupError, or what the email package says
+    of odd addresses."""
     import email.message
     import email.policy
     import email.utils
@@ -5282,10 +5188,9 @@ def send_mail(run):
     lines += run.error.split("\n") + [""] if run.error else []
     items = run.results()
     lines += run_table(run) if items else []
-    again = " (one VM again: vmbackup.py - %s only=NAME)" % settings.config_file
     for head, texts in (
-            ("Failed" + (again if settings.config_file else ""),
-             ["%s %s: %s" % (item.kind, item.name, item.error) for item in items if item.error]),
+            ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
+                        for item in items if item.error]),
             ("Warnings", ["%s %s: %s" % (item.kind, item.name, text) for item in items
                           for text in item.warnings] + settings.warnings),
             ("In no backup", [", ".join(run.not_in_backup or [])])):
@@ -5295,29 +5200,21 @@ def send_mail(run):
     # Python 3.6 tears headers that it has to fold, and folds them with bare line feeds.
     policy = email.policy.default.clone(max_line_length=998)
     data = message.as_bytes(policy=policy).replace(b"\n", b"\r\n")
-    for left in (2, 1, 0):
-        try:
-            deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
-            break
-        except OSError:
-            if not left or run.watch.signum:
-                raise
-            run.watch.sleep(MAIL_PAUSE)
+    deliver(settings, data, min(MAIL_TIMEOUT, max(run.watch.time_left() / 4, 1)))
     run.log("mail sent to %s" % ", ".join(settings.mail_to))
 
 
 def deliver(settings, data, timeout):
-    """Hands a message to the mail server. Raises OSError, or BackupError if a receiver is refused:
-    it must not be sent again, for others have it. timeout: seconds for each answer."""
+    """Hands a message to the mail server. Raises BackupError, if it was sent to some receivers
+    only, too. timeout: seconds for each answer."""
     import smtplib
     import ssl
 
     context = ssl.create_default_context(cafile=settings.smtp_ca)
     if is_loopback(settings.smtp_server) and not settings.smtp_ca:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    connect: Any = smtplib.SMTP
-    if settings.smtp_port == 465:
-        connect = functools.partial(smtplib.SMTP_SSL, context=context)
+    tls = functools.partial(smtplib.SMTP_SSL, context=context)
+    connect: Any = tls if settings.smtp_port == 465 else smtplib.SMTP
     try:
         with contextlib.closing(connect(settings.smtp_server, settings.smtp_port,
                                         timeout=timeout)) as smtp:
@@ -5337,7 +5234,7 @@ def deliver(settings, data, timeout):
             text = "%d %s" % (error.smtp_code, os.fsdecode(error.smtp_error))
         if isinstance(error, ssl.SSLError):
             text += " (smtp_ca= names a CA of one's own; with smtp_port=465 TLS comes first)"
-        raise OSError("%s port %d: %s" % (
+        raise BackupError("%s port %d: %s" % (
             settings.smtp_server, settings.smtp_port, text)) from None
     if refused:
         raise BackupError("; ".join("%s: %d %s" % (who, code, os.fsdecode(text))
@@ -5345,12 +5242,14 @@ def deliver(settings, data, timeout):
 
 
 def send_reports(run):
-    """Writes and mails what the settings ask for. What fails is a warning of the run; a mail that
-    could not be sent stands in the reports, too, which do not wait for it."""
+    """Mails and writes what the settings ask for. What fails is a warning of the run, a mail in the
+    reports too."""
     settings = run.settings
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
-
-    def make(wanted, function, failure):
+    for wanted, function, failure in (
+            (settings.mail_to and when, send_mail, "the mail could not be sent"),
+            (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
+            (settings.report_json, write_json, "report_json cannot be written")):
         try:
             if wanted:
                 function(run)
@@ -5359,14 +5258,6 @@ def send_reports(run):
             settings.warnings.append(text)
             run.log(text)
             run.exit_status = run.exit_status or 1
-
-    for mailed in (False, True):
-        before = len(settings.warnings)
-        if mailed:
-            make(settings.mail_to and when, send_mail, "the mail could not be sent")
-        if not mailed or len(settings.warnings) > before:
-            make(settings.metrics_file, write_metrics, "metrics_file cannot be written")
-            make(settings.report_json, write_json, "report_json cannot be written")
 
 
 # ============================== the command line ==============================
@@ -5379,7 +5270,8 @@ Usage: vmbackup.py <password> <config-file|vm-selector> [preview] [only=SELECTOR
        vmbackup.py list <config-file|folder> [vm-name] [json]
        vmbackup.py check <config-file|folder> [vm-name] [warn=26h] [crit=50h]
        vmbackup.py extract <backup-folder|file> [to=FOLDER] [disk=LABEL]
-       vmbackup.py restore <password> <config-file|backup-folder|export-file> [vm-name] [...]
+       vmbackup.py restore <password> <config-file|backup-folder|export-file> [vm-name] \
+[preview] [backup=FOLDER] [sr=SR] [as=NAME] [preserve=True] [name=value ...]
        vmbackup.py help [command] | config | example | version
 """
 # Each line is folded to the width of the terminal; `help WORD` shows the one that begins with it.
@@ -5416,28 +5308,21 @@ CONFIG = """\
 # matched from the start of the name. ':N' at the end replaces max_backups. Simple names win over
 # regular expressions, later lines over earlier ones, exclude over all.
 
-#exclude=PROD-WinDomainController
 #exclude=TEMP-.*
-
-# vdi-export: only the first disk of a VM whose other disks are too large; see the README
+# only the first disk of a VM whose other disks are too large; see the README
 #vdi-export=PROD-with-many-disks
-
-# vm-export: whole VMs (an empty vm-export= means all)
+# whole VMs (an empty vm-export= means all)
 #vm-export=my-vm-name
-#vm-export=PROD.*
 #vm-export=DEV.*:2
 """
 EXAMPLE = """\
-# make a password file once; look first; the run; in dom0 it needs no password
+# make a password file once (in dom0 `local` needs no password); look first; the run; one VM again
   vmbackup.py - create-password-file=/root/vmbackup.pass
   vmbackup.py /root/vmbackup.pass weekend.cfg preview
   vmbackup.py /root/vmbackup.pass weekend.cfg
-  vmbackup.py local weekend.cfg
-# one VM again; all whose names begin with DEV-my, without a config file
-  vmbackup.py local weekend.cfg only=DEV-mySql
+  vmbackup.py /root/vmbackup.pass weekend.cfg only=DEV-mySql
+# without a config file; is any late, are all whole; a VM back
   vmbackup.py - 'DEV-my.*:2' compress=zstd backup_dir=/mnt/backup host=xen1.example.org
-# what is there, whether any is late, whether all are whole; a VM back
-  vmbackup.py list weekend.cfg
   vmbackup.py check weekend.cfg warn=26h crit=50h
   vmbackup.py verify weekend.cfg
   vmbackup.py restore - weekend.cfg DEV-mySql as=DEV-mySql-test
@@ -5479,7 +5364,8 @@ def fold(line, width, indent):
 
 TEXTS = {"help": help_text, "config": config_text, "example": lambda: EXAMPLE,
          "version": lambda: "vmbackup.py %s\n" % __version__}
-COMMANDS = ("verify", "list", "check", "extract", "restore")
+COMMANDS: Any = {"verify": verify, "list": list_backups, "check": check, "extract": extract,
+            "restore": restore}
 DRY_RUN = re.compile(r"-+n\Z|-+preview\Z|-*dry[-_]?run\Z", re.IGNORECASE)  # preview, elsewhere
 
 
@@ -5494,49 +5380,75 @@ def dispatch(words, log, watch):
     """Tells the kinds of command lines apart; returns the exit status. Raises BackupError."""
     first = words[0].lower() if words else ""
     text = {"-h": "help", "-v": "version"}.get(first, first.lstrip("-"))
+    if first in COMMANDS and words[1:] and words[1].lower() in ("-h", "--help"):
+        text, words = "help", ["help", first]
     if text == "help" or (text in TEXTS and len(words) == 1):
         write_text(sys.stdout, TEXTS[text](*[word.lower() for word in words[1:2]]))
         return 0
-    if first in COMMANDS:
-        return other_command(first, words[1:], log, watch)
-    if len(words) < 2:
-        near = similar(first, list(COMMANDS) + list(TEXTS))
-        return too_few(USAGE, "<password> or <config-file|vm-selector>: both are needed%s" % (
-            ", or did you mean %s?" % near if near else ""))
-    check_order(*words[:2])
-    key, _, value = words[1].partition("=")
-    if key.lower() == "create-password-file":
-        if len(words) > 2:
-            raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
-                              % words[2])
-        password = watch.pure(read_password, words[0], True)
-        return create_password_file(native(value), password, log)
-    return backup_command(words, log, watch)
+    if first != "check":
+        return command(first, words, log, watch)
+    try:
+        return command(first, words, log, watch)
+    except (Exception, Interrupted) as error:  # a monitor hears of it in any case
+        text = re.sub(r"\A[ *-]*ERROR[ -]*", "", reason_of(error).split("\n")[0])
+        log.bare("VMBACKUP UNKNOWN - %s" % plain(text))
+        return 3
 
 
-def too_few(usage, missing):
-    write_text(sys.stderr, "%sMissing: %s\n" % (usage, missing))
-    return 3
-
-
-def other_command(name, words, log, watch):
-    """verify, list, check, extract or restore; returns the exit status."""
-    if words and words[0].lower() in ("-h", "--help"):
-        write_text(sys.stdout, help_text(name))
-        return 0
-    usage = usage_of(name)[0][7:]
+def command(name, words, log, watch):
+    """Does what the command of this name, or else a run, is told by all the words."""
+    own = name in COMMANDS
+    words, usage = words[own:], usage_of(name if own else "<password>")[0]
     missing = " ".join(re.findall("<.*?>", usage)[len(words) :])
-    if missing and name != "check":  # which tells a monitor so
-        return too_few("Usage: %s\n" % usage, missing)
-    if name == "restore":
+    if missing and name == "check":
+        raise ConfigError("missing: " + missing)
+    if missing:
+        near = "" if own else similar(name, list(COMMANDS) + list(TEXTS))
+        write_text(sys.stderr, "%s\nMissing: %s%s\n" % (
+            "Usage: " + usage.strip() if own else USAGE.rstrip(),
+            missing if own else "<password> or <config-file|vm-selector>: both are needed",
+            ", or did you mean %s?" % near if near else ""))
+        return 3
+    if "<password>" in usage:
         check_order(*words[:2])
-        first, second = map(native, words[:2])
-        if not os.path.exists(second) and (os.path.isdir(first) or EXPORT.match(first)):
-            raise ConfigError("ERROR - the first argument of restore has to be the password (a"
-                              " password file, - or local)")
-        check_packages()
-    return {"verify": verify_command, "list": list_command, "check": check_command,
-            "extract": extract_command, "restore": restore_command}[name](words, log, watch)
+    if not own and words[1].lower().startswith("create-password-file="):
+        return create_password_file(words, log, watch)
+    places, options = parse_words(usage, words)
+    if name not in ("verify", "extract"):
+        return COMMANDS.get(name, backup_command)(places, options, log, watch)
+    with watch.attend(log.progress):
+        return watch.do(COMMANDS[name], places, options, log, watch)
+
+
+def parse_words(usage, words):
+    """(the words that stand in the places of a usage, {option: value} of the others, with the pairs
+    for make_settings as `settings`). Raises ConfigError for a word that it does not show."""
+    shown = re.findall(r"\[(.*?)\]", usage)
+    options = {each.partition("=")[0]: each for each in shown}
+    known = KNOWN if options.pop("name", None) else {}
+    most = usage.count("<") + bool(options.pop("vm-name", None))
+    places, given = [], collections.defaultdict(list)  # type: Any, Any
+    for word in words:
+        key, separator, value = word.partition("=")
+        key = key.lower()
+        as_shown = key in options and bool(separator) == ("=" in options[key])
+        if len(places) < usage.count("<"):
+            places.append(word)
+        elif separator and (key in known or key == "only" and as_shown and value):
+            given["settings"].append((key, value, "command line"))
+        elif as_shown and (value or not separator and key not in given):  # or a VM bears the name
+            given[key] = value
+        elif len(places) < most and not (separator and "=" in usage):
+            places.append(word)
+        else:
+            near = similar(key + separator, [name + "=" for name in known] + list(COMMANDS) + [
+                name + "=" * ("=" in options[name]) for name in options if not as_shown])
+            if "preview" in options and (DRY_RUN.match(word) or key == "preview"):
+                near = "preview"
+            raise ConfigError("ERROR - invalid parameter %s: %s" % (
+                word, "did you mean %s?" % near if near else
+                "allowed are " + ", ".join(shown + list(known))))
+    return places, given
 
 
 def check_order(*words):
@@ -5551,10 +5463,13 @@ def check_order(*words):
                           " local), a config file or selector and preview stand behind it")
 
 
-def create_password_file(path, password, log):
+def create_password_file(words, log, watch):
     """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
-    if not path:
-        raise ConfigError("ERROR - create-password-file= needs the name of a file")
+    path = native(words[1].partition("=")[2])
+    if words[2:] or not path:
+        raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
+                          % words[-1])
+    password = watch.pure(read_password, words[0], True)
     if os.path.lexists(path):
         read_password_file(path)
     try:
@@ -5565,23 +5480,24 @@ def create_password_file(path, password, log):
     return 0
 
 
-def backup_command(words, log, watch):
+def backup_command(places, options, log, watch):
     """A run or preview; returns the exit status."""
-    settings, preview = watch.do(parse_command, words[1], words[2:])
+    (word, selector), preview = places, "preview" in options
+    settings = watch.do(read_settings, selector, options["settings"])
     if settings.config_file:
-        log("VmBackup config loaded from: %s" % words[1])
-    mistakes = watch.do(check_outputs, settings, words[0], log)
+        log("VmBackup config loaded from: %s" % selector)
+    mistakes = watch.do(check_outputs, settings, word, log)
     path = settings.status_log if settings.config_file and not preview else None
     run = Run(settings, log, make_status(path, log, settings.warnings), watch)
     watch.rate = settings.rate_limit * 10**6
     try:
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+        hosts = endpoints(settings, make_hosts(settings, word == "local"))
         run.host = ", ".join(map(str, hosts))
         check_packages()
         watch.do(check_paths, settings)
-        run.exit_status = run.execute(hosts, watch.pure(credentials, settings, words[0]), preview)
+        run.exit_status = run.execute(hosts, watch.pure(credentials, settings, word), preview)
     except (Exception, Interrupted) as error:
         code = getattr(error, "exit_code", 2)
         run.exit_status = 3 if code == 2 and not run.begun else code
@@ -5595,29 +5511,17 @@ def backup_command(words, log, watch):
     return run.exit_status
 
 
-def parse_command(selector, words):
-    """(Settings, preview) of the arguments after the password. Raises ConfigError."""
-    path, preview = native(selector), False
-    is_file = os.path.isfile(path)
-    config, pairs = (load_config(path), []) if is_file else ([], [parse_selector(selector)])
-    for word in words:
-        key, separator, value = word.partition("=")
-        key = key.lower()
-        if word.lower() == "preview":
-            preview = True
-        elif DRY_RUN.match(word) or key == "preview":
-            raise ConfigError("ERROR - invalid parameter %s: did you mean preview?" % word)
-        elif separator and word.lower() != "only=" and key not in RULE_KEYS + ("",):
-            pairs.append((key, value, "command line"))
-        else:
-            names = COMMANDS if similar(word, COMMANDS) else ["preview", "only=SELECTOR"] + [
-                name + "=" for name in KNOWN]
-            raise ConfigError("ERROR - invalid parameter %s: %s" % (word, allowed(word, names)))
-    settings = make_settings(config, pairs)
-    settings.config_file = path if is_file else None
+def read_settings(selector, pairs):
+    """The Settings of a run: of its second argument, then of `pairs`. Raises ConfigError."""
+    path = native(selector)
+    if os.path.isfile(path):
+        settings = make_settings(load_config(path), pairs)
+        settings.config_file = path
+    else:
+        settings = make_settings([], [parse_selector(selector)] + pairs)
     if not settings.pool_db_backup and all(rule.key == "exclude" for rule in settings.rules):
         raise ConfigError("ERROR - no VMs loaded: %s has no vm-export= or vdi-export=" % selector)
-    return settings, preview
+    return settings
 
 
 def parse_selector(text):
@@ -5639,43 +5543,33 @@ def parse_selector(text):
     return "vm-export", text, "command line"
 
 
-def check_packages():
-    """Raises ConfigError where one of the two packages is missing: in dom0 they may be."""
-    import importlib.util
-
-    for module in ("XenAPI", "requests"):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError("ERROR - the Python package %s is missing: pip install %s, or use"
-                              " vmbackup.pyz, which carries it" % (module, module))
-
-
 def check_outputs(settings, word, log):
     """Mistakes in the names of the files that a run writes. Such a file is taken out of the
     settings, or the report of just this mistake would go there."""
-    folder = os.path.dirname(KNOWN["status_log"].default)
+    folder, config = os.path.dirname(KNOWN["status_log"].default), settings.config_file
     if settings.status_log == KNOWN["status_log"].default and not os.path.isdir(folder):
         settings.status_log = None
-        if settings.config_file:
+        if config:
             log("NOTE - no status log is written: the folder %s does not exist (status_log= names"
                 " another file, or none)" % folder)
-    read = (settings.config_file, native(word), settings.smtp_password_file, settings.tls_ca)
+    read = (config, native(word), settings.smtp_password_file, settings.tls_ca)
     mistakes, taken = [], [os.path.realpath(name) for name in read if name]
     for key, begin in (("status_log", b""), ("report_json", rb"\s*(\{|\Z)"),
                        ("metrics_file", rb"\s*((# (HELP|TYPE) )?vmbackup_|\Z)")):
         path = getattr(settings, key)
-        if path and (settings.config_file or key != "status_log"):
-            try:
-                if os.path.realpath(path) in taken:
-                    raise BackupError("this file serves for something else")
-                if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-                    raise BackupError("give a file in a folder that exists")
-                plain = (key, path) != ("status_log", os.devnull) and os.path.exists(path)
-                if plain and not re.match(begin, read_small(path, limit=99, part=True)):
-                    raise BackupError("what it holds is none of this program's")
-            except (OSError, BackupError) as error:
-                mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
-                setattr(settings, key, None)
-            taken.append(os.path.realpath(path))
+        if not path or key == "status_log" and (not config or path == os.devnull):
+            continue
+        try:
+            if os.path.realpath(path) in taken:
+                raise BackupError("this file serves for something else")
+            if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                raise BackupError("give a file in a folder that exists")
+            if os.path.exists(path) and not re.match(begin, read_small(path, limit=99, part=True)):
+                raise BackupError("what it holds is none of this program's")
+        except (OSError, BackupError) as error:
+            mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
+            setattr(settings, key, None)
+        taken.append(os.path.realpath(path))
     return mistakes
 
 
@@ -5714,12 +5608,14 @@ def main(argv=None) -> int:
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     watch = Watch()
     watch.install()
-    with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:
-        try:
-            return dispatch(words, log, watch)
-        except (Exception, Interrupted) as error:
-            log_error(error, log)
-            return getattr(error, "exit_code", 2)
+    log = Log(watch)
+    try:
+        return dispatch(words, log, watch)
+    except (Exception, Interrupted) as error:
+        log_error(error, log)
+        return getattr(error, "exit_code", 2)
+    finally:
+        log.show()
 
 
 if __name__ == "__main__":

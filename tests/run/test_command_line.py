@@ -123,8 +123,9 @@ def test_too_few_words_show_the_usage_and_what_is_missing(tmp_path, words, missi
 def test_too_few_words_for_a_command(words, missing):
     result = vmbackup(*words)
     assert (result.status, result.out) == (3, "")
-    assert result.err.splitlines() == [
-        "Usage: " + vmbackup("help", words[0]).out.splitlines()[0].strip(), "Missing: " + missing]
+    usage, told = result.err.splitlines()
+    assert " ".join(vmbackup("help", words[0]).out.split()).startswith(usage[len("Usage: "):])
+    assert told == "Missing: " + missing
 
 
 def test_check_always_answers_a_monitor_on_standard_output():
@@ -149,11 +150,11 @@ def test_an_unknown_word_is_named_with_those_allowed(refused, word, named):
 
 
 @pytest.mark.parametrize("word, near", [
-    ("previev", "preview"), ("PREVEIW", "preview"), ("max_backup=3", "max_backups"),
-    ("compres=zstd", "compress"), ("backup-dir=/x", "backup_dir"), ("max_backups", "max_backups="),
-    ("verfiy", "verify"), ("--dry-run", "preview"), ("--preview", "preview"), ("-n", "preview"),
-    ("dry-run", "preview"), ("--dryrun", "preview"), ("-preview", "preview"),
-    ("preview=True", "preview"),
+    ("previev", "preview"), ("PREVEIW", "preview"), ("max_backup=3", "max_backups="),
+    ("compres=zstd", "compress="), ("backup-dir=/x", "backup_dir="),
+    ("max_backups", "max_backups="), ("verfiy", "verify"), ("--dry-run", "preview"),
+    ("--preview", "preview"), ("-n", "preview"), ("dry-run", "preview"), ("--dryrun", "preview"),
+    ("-preview", "preview"), ("preview=True", "preview"),
 ])
 def test_what_is_similar_is_proposed_alone(refused, word, near):
     line = refused("pw", "web", word)

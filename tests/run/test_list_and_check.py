@@ -376,7 +376,7 @@ def test_the_overview(top):
     assert list(rows) == ["db1", "old", "web"]
     assert rows["web"][1] == "3" and " ".join(rows["web"][3:]) == "2 h vm 2.9 KiB 8.8 KiB"
     assert " ".join(rows["db1"][3:]) == "3 h vdi 2.0 KiB 2.0 KiB 1 unfinished"
-    assert rows["old"][3:6] == ["333", "d", "vm"] and result.lines[2].endswith(
+    assert rows["old"][3:8] == ["333", "d", "8", "h", "vm"] and result.lines[2].endswith(
         "2 foreign, 1 no export, 1 pinned")
     assert result.lines[4].startswith("6 backups of 3 VMs, 10.8 KiB; ")
     assert all(len(line) <= 80 for line in result.lines[:2] + result.lines[3:4])

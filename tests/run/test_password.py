@@ -105,15 +105,10 @@ def test_create_password_file_takes_only_a_password_files_place(tmp_path):
     assert path.read_text() == "# a config file\n"
 
 
-@pytest.mark.parametrize("words", [("create-password-file=none/pw",),
+@pytest.mark.parametrize("words", [("create-password-file=none/pw",), ("create-password-file=",),
                                    ("create-password-file=pw", "preview")])
 def test_create_password_file_refuses(refused, words):
-    refused("pw", *words)
-
-
-def test_create_password_file_needs_a_name(refused):
-    assert refused("pw", "create-password-file=") == (
-        "ERROR - create-password-file= needs the name of a file")
+    assert "password" in refused("pw", *words)
 
 
 def test_a_password_file_is_secret_from_its_first_byte(tmp_path):
