@@ -131,37 +131,25 @@ ADVICE = {
     "HANDLE_INVALID": "the object is gone: deleted, or the host's toolstack was restarted",
     "HOST_IS_SLAVE": "this host is not the pool master: set host= to the master",
     "HOST_STILL_BOOTING": "the host is starting or has lost its master: try again when it is up",
-    "HOST_OFFLINE": "the host is switched off or unreachable",
     "INTERNAL_ERROR": "XAPI failed inside: look at /var/log/xensource.log on the host",
-    "LICENCE_RESTRICTION": "the pool's licence does not allow this",
-    "MESSAGE_METHOD_UNKNOWN": "this XAPI is too old for the call",
     "NO_HOSTS_AVAILABLE": "no live host sees all storage of this VM: an unplugged storage"
     " repository, or an ISO left in the drive? (xe vm-cd-eject)",
-    "NOT_SUPPORTED_DURING_UPGRADE": "a rolling pool upgrade is under way: run again after it",
     "OPERATION_BLOCKED": "an administrator blocked this operation (blocked_operations of the VM)",
-    "OPERATION_NOT_ALLOWED": "XAPI does not allow this on such an object",
     "OTHER_OPERATION_IN_PROGRESS": "something else is working on this VM: see xe task-list",
     "RBAC_PERMISSION_DENIED": "the user lacks the role for this; root or pool-admin has it",
     "SESSION_AUTHENTICATION_FAILED": "wrong user name or password",
     "SESSION_INVALID": "the session ended: the host's toolstack was restarted",
+    "SR_BACKEND_FAILURE_": "the storage repository refused: look at /var/log/SMlog on the host",
     "SR_BACKEND_FAILURE_44": "the storage repository has no space left for a snapshot or a disk",
-    "SR_BACKEND_FAILURE_46": "the storage repository could not read or attach the disk",
     "SR_BACKEND_FAILURE_109": "the chain of snapshots is too long: delete snapshots of this VM and"
     " let the storage repository coalesce",
     "SR_OPERATION_NOT_SUPPORTED": "this storage repository cannot take snapshots",
-    "TASK_CANCELLED": "the task was cancelled on the host",
-    "UUID_INVALID": "there is no such object any more",
-    "VDI_IN_USE": "the disk is still attached somewhere",
     "VDI_IO_ERROR": "the host could not read or write the disk: check its storage and space",
     "VDI_IS_SHARABLE": "shared disks cannot be snapshotted",
-    "VDI_NOT_MANAGED": "the disk is not managed by XAPI",
     "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "the disk is set to reset on boot",
     "VDI_TOO_LARGE": "the disk is too large for the format (vhd ends at 2040 GiB): use raw",
-    "VM_BAD_POWER_STATE": "the VM is not in a power state that allows this",
     "VM_HAS_VUSBS": "a VM with USB devices passed through cannot be snapshotted",
 }
-
-
 FINAL = ("OPERATION_BLOCKED", "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION",
          "VM_HAS_VUSBS", "SR_OPERATION_NOT_SUPPORTED", "VDI_TOO_LARGE", "LICENCE_RESTRICTION",
          "RBAC_PERMISSION_DENIED")
@@ -178,12 +166,10 @@ class XapiError(BackupError):
         self.code = details[0]
         if self.code == "RBAC_PERMISSION_DENIED" and hidden:
             self.code = hidden.group(1)
-        self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
+        self.params = details[1:]
         self.final = self.code in FINAL
-        text = without_refs(" ".join([self.code] + [item for item in self.params if item]))
-        advice = ADVICE.get(self.code)
-        if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
-            advice = "the storage repository refused: look at /var/log/SMlog on the host"
+        text = without_refs(" ".join(filter(None, [self.code] + self.params)))
+        advice = ADVICE.get(self.code) or ADVICE.get(self.code.rstrip("0123456789"))
         text += " (%s)" % advice if advice else ""
         super().__init__("%s: %s" % (doing, text) if doing else text)
 
@@ -328,23 +314,22 @@ def open_file(name, dir_fd=None):
     fd = os.open(name, flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise BackupError("%s is no regular file" % name)
+        raise BackupError("%s: no regular file" % name)
     return fd
 
 
-def read_small(name, dir_fd=None, limit=MIB, part=False):
-    """The bytes of a small file, opened by open_file; part: only its first `limit` bytes, however
-    large it is. BackupError if it is larger than `limit`."""
-    fd, data, piece = open_file(name, dir_fd), b"", None
-    try:
-        while len(data) <= limit and piece != b"":
-            piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
-            data += piece
-    finally:
-        os.close(fd)
-    if len(data) > limit and not part:
-        raise BackupError("%s is larger than %s" % (name, size_text(limit)))
-    return data[:limit]
+def read_start(name, dir_fd=None, size=4096):
+    """At most `size` bytes of a file, opened by open_file."""
+    with open(open_file(name, dir_fd), "rb", buffering=0) as file:
+        return file.read(size)
+
+
+def read_small(name, dir_fd=None, limit=MIB):
+    """The bytes of a file. BackupError if it is larger than `limit`."""
+    data = read_start(name, dir_fd, limit + 1)
+    if len(data) > limit:
+        raise BackupError("%s: larger than %s" % (name, size_text(limit)))
+    return data
 
 
 def _choice(*same, **values):
@@ -388,9 +373,7 @@ def _pattern(text):
 def parse_time(name, pattern):
     """The datetime that a folder name in `pattern` tells, or None for any other name."""
     try:
-        with warnings.catch_warnings():  # Python 3.13 warns of patterns without a year
-            warnings.simplefilter("ignore")
-            moment = datetime.datetime.strptime(name, pattern)
+        moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
     sane = 1969 <= moment.year < 9999  # what each zone can tell; 1969 begins 1970 in the west
@@ -490,8 +473,8 @@ class Settings(types.SimpleNamespace):
 
 def read_config(data, source):
     """[(key, value, where)] of a config file's bytes; value None: a line without '='."""
-    if len(data) > MIB or b"\0" in data:
-        raise ConfigError("ERROR - %s is not a config file: binary, or over 1 MiB" % source)
+    if b"\0" in data:
+        raise ConfigError("ERROR - %s is not a config file: binary" % source)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -515,7 +498,7 @@ def load_config(path):
     """read_config of the file. Raises ConfigError, with no word of the file's where none of its
     lines begins with a setting's name: it may be a password file."""
     try:
-        data = read_small(path, limit=MIB + 1, part=True)
+        data = read_small(path)
     except (OSError, BackupError) as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
     pairs = read_config(data, path)
@@ -758,9 +741,7 @@ def _match(rules, names):
         hits = [rule.name] if rule.name in there else []
         try:
             if not rule.simple:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    match = re.compile(rule.name).match
+                match = re.compile(rule.name).match
                 hits = [name for name in names if name == rule.name or match(name)]
         except (re.error, ValueError, OverflowError, RecursionError):
             if not hits:
@@ -891,16 +872,16 @@ def look_into(fd):
     """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
     a backup's folder. 3.25 wrote no sums."""
     inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
-    marks = [read_small(name, fd, 8, part=True) for name in MARKERS if name in inside]
+    marker, text = read_marker(fd, inside)
     exports, sums = [name for name in inside if EXPORT.match(name)], {}
-    if not marks:
+    if not marker:
         raise ArchiveError("no marker in the folder: it is no backup")
     if UNFINISHED in inside:
         raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
     if len(exports) != 1:
         raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
-    for line in filter(None, text.decode("utf-8", "surrogateescape").split("\n")):
+    listed = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
+    for line in filter(None, listed.decode("utf-8", "surrogateescape").split("\n")):
         match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
         if not match:
             raise ArchiveError("SHA256SUMS is damaged")
@@ -911,7 +892,7 @@ def look_into(fd):
     for path in list(sums):  # a file server may list names in another Unicode form
         if nfc(path) == nfc(exports[0]):
             sums[exports[0]] = sums.pop(path)
-    return exports[0], sums, b"created=" in marks
+    return exports[0], sums, text.startswith(b"created=")
 
 
 def scan(vm_fd, patterns, vm=None):
@@ -970,7 +951,7 @@ def read_marker(fd, inside):
     for one that cannot be read: such a folder is not known to be unfinished."""
     for name in sorted(set(MARKERS).intersection(inside)):
         try:
-            return name, read_small(name, fd, 4096, part=True)
+            return name, read_start(name, fd)
         except (OSError, BackupError) as error:
             if getattr(error, "errno", errno.ENOENT) not in ABSENT:
                 raise
@@ -5664,7 +5645,7 @@ def check_outputs(settings, word, log):
                 if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
                     raise BackupError("give a file in a folder that exists")
                 plain = (key, path) != ("status_log", os.devnull) and os.path.exists(path)
-                if plain and not re.match(begin, read_small(path, limit=99, part=True)):
+                if plain and not re.match(begin, read_start(path)):
                     raise BackupError("what it holds is none of this program's")
             except (OSError, BackupError) as error:
                 mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
@@ -5689,7 +5670,7 @@ def check_paths(settings):
         file = getattr(settings, key)
         try:
             if file:
-                read_small(file, part=True)  # a pipe would be waited for
+                read_start(file)  # a pipe would be waited for
             if file and key.endswith("_ca"):
                 ssl.create_default_context(cafile=file)
         except (OSError, BackupError) as error:
@@ -5704,6 +5685,7 @@ def main(argv=None) -> int:
     """Runs the program with these arguments (default: sys.argv's); returns the exit status."""
     os.umask(0o077)
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    warnings.simplefilter("ignore")  # of users' patterns
     watch = Watch()
     watch.install()
     with contextlib.closing(Log(sys.stdout, sys.stderr, os.environ, watch)) as log:

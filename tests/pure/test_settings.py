@@ -264,11 +264,11 @@ def test_what_is_written_in_quotes_is_read_back(values, end, bom, quote):
 
 # --- small files ---
 
-def test_small_files_are_read_whole_or_in_part(tmp_path):
+def test_small_files_are_read_whole_or_from_their_start(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     name = str(tmp_path / "a")
     assert program.read_small(name) == program.read_small(name, limit=5) == b"12345"
-    assert program.read_small(name, limit=2, part=True) == b"12"
+    assert program.read_start(name, size=2) == b"12"
     with pytest.raises(program.BackupError, match="larger than 4 bytes"):
         program.read_small(name, limit=4)
     with pytest.raises(FileNotFoundError):
