@@ -511,9 +511,9 @@ def load_config(path):
 def make_rule(key, value):
     """The Rule of one selector's value; `:N` is read only from its end (not exclude's, only's)."""
     name, keep = value, None
-    match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL)
+    match = re.match(r"(.*):([+-]?[0-9]{1,18})\Z", value, re.DOTALL)
     if match and key in ("vm-export", "vdi-export"):
-        name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
+        name, keep = match.group(1).rstrip(), int(match.group(2))
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
@@ -525,11 +525,11 @@ def make_settings(config, words):
     """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)]. Raises
     ConfigError with a line for each mistake: unknown name, value not allowed."""
     settings, mistakes, seen = Settings(), [], set()
-    ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
+    ignore = str(dict(pair[:2] for pair in config + words).get("ignore_extra_keys"))
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if in_file and str(ignore).lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
+            if in_file and ignore.lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -549,22 +549,17 @@ def make_settings(config, words):
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
+    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+    if len(absent) in (1, 2):
+        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
+    safe = settings.smtp_starttls or settings.smtp_port == 465
+    safe = safe or is_loopback(settings.smtp_server or "")
+    if settings.smtp_user and not (safe and settings.smtp_password_file):
+        mistakes.append("ERROR - smtp_user needs smtp_password_file, and smtp_starttls=True, or its"
+                        " password goes in clear")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    _check_mail(settings)
     return settings
-
-
-def _check_mail(settings):
-    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
-    safe = settings.smtp_starttls or settings.smtp_port == 465
-    if settings.smtp_user and not safe and not is_loopback(settings.smtp_server or ""):
-        raise ConfigError("ERROR - smtp_user needs smtp_starttls=True, or its password goes in"
-                          " clear")
-    if settings.smtp_user and not settings.smtp_password_file:
-        raise ConfigError("ERROR - smtp_user needs smtp_password_file")
-    if len(absent) in (1, 2):
-        raise ConfigError("ERROR - for a mail %s must be set, too" % " and ".join(absent))
 
 
 def similar(word, names):
@@ -639,18 +634,17 @@ def read_line(stream):
 def read_password_file(path, plain=False):
     """The password in a file made by create-password-file, or by `base64`, without one line break
     at its end; plain: or else the file's text. Raises ConfigError."""
+    data = b""
     try:
         data = read_small(path).strip()
-    except (OSError, BackupError) as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-    try:
         text = base64.b64decode(b"".join(data.split()) or b"-", validate=True).decode("utf-8")
         return re.sub(r"\r?\n\Z", "", text)
-    except ValueError:  # an empty file is none either
-        if plain:
+    except (OSError, BackupError, ValueError):  # an empty file is none either
+        if plain and data:
             return data.decode("utf-8", "replace")
-        raise ConfigError("ERROR - %s is a file, but no password file: see create-password-file"
-                          % path) from None
+        raise ConfigError("ERROR - the file named is no password file: make one with"
+                          " create-password-file (a password that is also the name of a file goes"
+                          " into one, or through -)") from None
 
 
 def read_password(word, literal=False):
@@ -661,12 +655,7 @@ def read_password(word, literal=False):
             raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
     elif os.path.isfile(native(word)) and not literal:
-        try:
-            return read_password_file(native(word))
-        except ConfigError:
-            raise ConfigError("ERROR - the first argument names a file, but no password file: make"
-                              " one with create-password-file (a password that is also the name of"
-                              " a file goes into one, or through -)") from None
+        return read_password_file(native(word))
     elif word.startswith(("/", "./", "~/")) and not literal:
         raise ConfigError("ERROR - there is no such password file (a password that begins so goes"
                           " into one by create-password-file, or through -)")
@@ -903,11 +892,10 @@ def scan(vm_fd, patterns, vm=None):
     for name in os.listdir(vm_fd):
         text, item = from_argv(name), Folder(name)
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
-        moment = next(filter(None, moments), None)
-        with contextlib.suppress(OSError, OverflowError, ValueError):
-            if moment:
-                then = moment.timestamp()
-                item = Folder(name, then, date=moment.date(), made=then)
+        for moment in filter(None, moments):
+            then = moment.timestamp()
+            item = Folder(name, then, date=moment.date(), made=then)
+            break
         ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
@@ -921,39 +909,40 @@ def scan(vm_fd, patterns, vm=None):
 
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, made, date = os.listdir(fd), item.created, item.made, item.date
+    inside, cfg, size = os.listdir(fd), {}, 0
     marker, text = read_marker(fd, inside)
-    told, cfg, size = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text), {}, 0
+    told = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text)
     if told:  # in UTC: right through changes of the clock and of the zone
-        created, made = float(told.group(1)), float(told.group(2) or told.group(1))
+        made = float(told.group(2) or told.group(1))
         day = datetime.date.fromtimestamp(made)
-        date = min(date or day, day)  # a second one of a day may bear the next day's name
-    other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
-    exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
-    export = min(exports, default=None)
+        item = item._replace(  # a second one of a day may bear the next day's name
+            created=float(told.group(1)), made=made, date=min(item.date or day, day))
+    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
+                 default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
     with contextlib.suppress(OSError, BackupError):
         cfg = read_cfg("vm.cfg", fd)
-    strewn = {name for name in other if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in other if name not in strewn and not _may_lie(name, vm)]
-    begun = any(name.endswith(".partial") for name in inside if name not in strewn)
-    pinned = "keep" in inside
-    unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(item.name, created, marker, unfinished, pinned, export, size,
-                  cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
-                  cfg.get("name_label", ""), made)
+    rest = [name for name in inside if not STREWN.match(name) and not STREWN.match(name + "/")]
+    foreign = [name for name in rest if not OWN_FOLDERS.match(name) and not _may_lie(name, vm)]
+    begun = not rest or any(name.endswith(".partial") for name in rest)
+    return item._replace(
+        marker=marker, unfinished=begun and not marker and "keep" not in inside,
+        pinned="keep" in inside, export=export, size=size, uuid=cfg.get("orig_uuid", ""),
+        foreign=min(foreign, default=None), label=cfg.get("name_label", ""))
 
 
 def read_marker(fd, inside):
     """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
     for one that cannot be read: such a folder is not known to be unfinished."""
-    for name in sorted(set(MARKERS).intersection(inside)):
+    for name in filter(inside.__contains__, MARKERS):
         try:
             return name, read_start(name, fd)
-        except (OSError, BackupError) as error:
-            if getattr(error, "errno", errno.ENOENT) not in ABSENT:
+        except BackupError:
+            pass
+        except OSError as error:
+            if error.errno not in ABSENT:
                 raise
     return None, b""
 
@@ -984,20 +973,15 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     for item in order[:last]:
         why[item.name].append("last %d" % last)
     for rule, period in PERIODS:
-        found = {}
+        found = collections.defaultdict(list)
         for item in order:
-            key = period(item.date)
-            if key in found:
-                hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
-                found[key] = item if hollow else found[key]
-            elif len(found) < getattr(policy, rule):
-                found[key] = item
-        for item in found.values():
+            found[period(item.date)].append(item)
+        for items in list(found.values())[: getattr(policy, rule)]:
+            item = next(filter(whole, items), items[0])  # the newest may have lost its export
             why[item.name].append(rule)
     present, owners = uuid or next((item.uuid for item in order if item.uuid), ""), {}
-    for item in order:
-        if whole(item):
-            owners.setdefault(item.uuid or present, item)
+    for item in filter(whole, order):
+        owners.setdefault(item.uuid or present, item)
     for number, (owner, item) in enumerate(list(owners.items())[: max(policy.last, 1)]):
         why[item.name] += ["newest whole"] if owner == present or not number else []
         why[item.name] += ["another VM's"] if owner != present else []
@@ -1026,33 +1010,26 @@ def nfc(name):
     return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
 
 
-def _walk(fd, vm, foreign, above=""):
-    """[(name, the same list of what is in it: None for a file)]; the paths of what is not ours go
-    into `foreign`. Links, devices, other file systems and deep nests never are."""
+def judge(fd, vm, above=""):
+    """[(name, the same list of what is in it: None for a file)] of a backup's folder. Raises
+    BackupError if it must not be deleted: pinned, or not all is ours, as links, devices, other file
+    systems and deep nests never are; OSError. vm: name of the VM's folder on disk."""
     found, device = [], os.fstat(fd).st_dev
     for name in sorted(os.listdir(fd)):
-        path, there = above + name, os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if not stat.S_ISDIR(there.st_mode):
-            ours, inner = stat.S_ISREG(there.st_mode) and _may_lie(path, vm), None
-        else:
-            ours, inner = OWN_FOLDERS.match(path) or STREWN.match(path + "/"), []
-            ours = ours and there.st_dev == device and path.count("/") < DEEPEST
-            if ours:
-                with opened(name, fd) as inside:
-                    inner = _walk(inside, vm, foreign, path + "/")
+        path, there, inner = above + name, os.stat(name, dir_fd=fd, follow_symlinks=False), None
+        folder = stat.S_ISDIR(there.st_mode)
+        ours = stat.S_ISREG(there.st_mode) and _may_lie(path, vm)
+        if folder and there.st_dev == device and path.count("/") < DEEPEST:
+            ours = OWN_FOLDERS.match(path) or STREWN.match(path + "/")
         if not ours:
-            foreign.append(path)
+            raise BackupError("it holds %s, which is not ours" % path)
+        if path == "keep":
+            raise BackupError("its file `keep` pins it")
+        if folder:
+            with opened(name, fd) as inside:
+                inner = judge(inside, vm, path + "/")
         found.append((name, inner))
     return found
-
-
-def judge(fd, vm):
-    """(what is in a backup's folder, why it must not be deleted or ""). vm: name of the VM's folder
-    on disk. Foreign is what no version of this program wrote and nobody strewed. Raises OSError."""
-    foreign = []
-    tree = _walk(fd, vm, foreign)
-    why = "its file `keep` pins it" if ("keep", None) in tree else ""
-    return tree, "it holds %s, which is not ours" % foreign[0] if foreign else why
 
 
 def remove_folder(vm_fd, name, vm):
@@ -1060,31 +1037,28 @@ def remove_folder(vm_fd, name, vm):
     judged. Raises BackupError, with nothing changed, if it is a link, pinned, or anything foreign
     is in it."""
     try:
-        fd = open_folder(name, vm_fd)
+        with opened(name, vm_fd) as fd:
+            _empty(fd, judge(fd, vm))
     except NotADirectoryError:
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
-    try:
-        tree, why = judge(fd, vm)
-        if why:
-            raise BackupError("%s is left alone: %s" % (name, why))
-        _empty(fd, tree)
-    finally:
-        os.close(fd)
+    except BackupError as error:
+        raise BackupError("%s is left alone: %s" % (name, error)) from None
     os.rmdir(name, dir_fd=vm_fd)
 
 
 def _empty(fd, tree):
-    """Deletes what _walk found. The marker becomes UNFINISHED first, which goes last: a deletion
+    """Deletes what judge() found. The marker becomes UNFINISHED first, which goes last: a deletion
     that is cut short leaves what the next run knows as unfinished, never as a backup. The export
     goes first of the rest; where that fails, the marker comes back and nothing is lost."""
-    markers = [marker for marker in MARKERS if (marker, None) in tree]
+    names = [name for name, _ in tree]
+    markers = [marker for marker in MARKERS if marker in names]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
-    if markers:
-        with contextlib.suppress(OSError):  # some file systems flush no folders
-            os.fsync(fd)
+    with contextlib.suppress(OSError):  # some file systems flush no folders
+        os.fsync(fd)
     try:
-        _delete(fd, [item for item in tree if EXPORT.match(item[0])])
+        for name in filter(EXPORT.match, names):
+            os.unlink(name, dir_fd=fd)
     except OSError:
         if markers:
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
@@ -3698,10 +3672,10 @@ def _preview_vm(run, choice, pool):
         for old in plan.doomed + begun:
             try:
                 with opened(old, vm_fd) as fd:
-                    why = judge(fd, name)[1]
-            except OSError as error:
+                    judge(fd, name)
+                why = old in begun and writer_of(vm_fd, old, new_token(), time.time())
+            except (OSError, BackupError) as error:
                 why = describe(error)
-            why = why or old in begun and writer_of(vm_fd, old, new_token(), time.time())
             warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
     told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), rules_text(plan.policy))
             ] if plan.doomed else []
