@@ -1137,22 +1137,18 @@ def find_xxh64():
         from xxhash import xxh64_hexdigest
 
         return xxh64_hexdigest
-    try:
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         xxh64 = ctypes.CDLL("libxxhash.so.0").XXH64
-    except (ImportError, OSError, AttributeError):
-        return None
-    xxh64.restype = ctypes.c_ulonglong
-
-    def digest(data):
-        view = (ctypes.c_char * len(data)).from_buffer(data)
-        return "%016x" % xxh64(view, ctypes.c_size_t(len(data)), ctypes.c_ulonglong(0))
-
-    return digest
+        xxh64.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
+        xxh64.restype = ctypes.c_ulonglong
+        return lambda data: "%016x" % xxh64(
+            (ctypes.c_char * len(data)).from_buffer(data), len(data), 0)
+    return None
 
 
-# A disk in an ova.xml: virtual_size in bytes, label as list_disks() makes it, the VDI's name.
+# A disk in an ova.xml: virtual_size in bytes, label as label_disks() makes it, the VDI's name.
 OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
@@ -1172,21 +1168,29 @@ def parse_ova(data):
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
 
 
+def label_disks(vbds):
+    """[(label, VBD record)] of those that are no CDs, by userdevice."""
+    found = {}
+    for vbd in sorted(vbds, key=lambda vbd: vbd["userdevice"].zfill(4)):
+        if vbd["type"] != "CD":
+            label = vbd.get("device") or vbd["userdevice"]
+            label += "-" + vbd["userdevice"] if label in found else ""  # a device may be stale
+            found[label] = vbd
+    return found.items()
+
+
 def expected_disks(data, uuids=()):
     """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. Raises ArchiveError
     if it lacks a VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in
     an export (export.ml)."""
     found, by_class = {}, parse_ova(data)[1]
     try:
-        vbds = sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4))
-        disks = [(vm.get("suspend_VDI"), "suspend", "") for vm in by_class["VM"].values()]
-        disks += [(vbd["VDI"], vbd.get("device") or vbd["userdevice"], "-" + vbd["userdevice"])
-                  for vbd in vbds if vbd["type"] != "CD"]
-        for ref, label, more in disks:
+        disks = [("suspend", vm.get("suspend_VDI")) for vm in by_class["VM"].values()]
+        disks += [(label, vbd["VDI"]) for label, vbd in label_disks(by_class["VBD"].values())]
+        for label, ref in disks:
             vdi = by_class["VDI"].get(ref, {})
             sr = by_class["SR"].get(vdi.get("SR"), {})
             if vdi and ref not in found and sr.get("content_type") != "iso":
-                label += more if label in [disk.label for disk in found.values()] else ""
                 found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
         absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
         if not all(0 <= disk.size < 1 << 62 for disk in found.values()):
@@ -2521,15 +2525,9 @@ class Outcome:
 
 def list_disks(vbds, vdis):
     """The Disks among VBD records (CDs and empty drives are none), by userdevice."""
-    found = []
-    for vbd in sorted(vbds, key=lambda vbd: vbd["userdevice"].zfill(4)):
-        vdi = vdis.get(vbd["VDI"])
-        if vbd["type"] == "Disk" and vdi:
-            label = vbd.get("device") or vbd["userdevice"]
-            if label in [disk.label for disk in found]:
-                label += "-" + vbd["userdevice"]  # a device name may be stale
-            found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
-    return found
+    return [Disk(label, vbd, vbd["VDI"], vdis[vbd["VDI"]],
+                 "[NOBAK]" in vdis[vbd["VDI"]]["name_label"])
+            for label, vbd in label_disks(vbds) if vbd["VDI"] in vdis]
 
 
 def first_disk(disks):
