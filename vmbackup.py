@@ -1113,7 +1113,7 @@ class Reader:
         while self.at < end:
             view = self.some(end - self.at)
             if not view:
-                raise ArchiveError("it is cut off at " + self.where)
+                raise ArchiveError("it is cut off at %s (byte %d)" % (self.where, self.at))
             yield view
 
     def take(self, size):
@@ -1125,6 +1125,13 @@ class Reader:
     def skip(self, size):
         for _ in self.stream(size):
             pass
+
+    def end(self, most=0):
+        """Reads on to the end of the pieces: at most so many bytes more, all of them zeros."""
+        last = self.at + most
+        for view in iter(lambda: self.some(MIB), b""):
+            if self.at > last or bytes(view).strip(b"\0"):
+                raise ArchiveError("data after the end, or more than %s of zeros" % size_text(most))
 
 
 # --- XVA ---
@@ -1218,34 +1225,31 @@ def read_member(reader, block):
     return name, size
 
 
-def read_headers(reader):
-    """(disk's id, number, name, bytes) of each chunk, up to the end: (None, 0, "", 0)."""
+def read_chunks(reader):
+    """(disk's id, number, name, bytes, whether its hash proved it) of each chunk, which the member
+    with its hash follows, up to the end: (None, 0, "", b"", True)."""
+    hashes = {".xxhash": find_xxh64(),  # or None
+              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
     block = reader.take(512)
     while block.strip(b"\0"):
         name, size = read_member(reader, block)
         match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
         if not match or size > 64 * MIB:
             raise ArchiveError("unexpected member %r" % name)
-        yield match.group(1), int(match.group(2)), name, size
+        data = reader.take(size)
+        reader.skip(-size % 512)
+        member, length = read_member(reader, reader.take(512))
+        kind = member[len(name):]
+        if name + kind != member or kind not in hashes or not 0 < length <= 64:
+            raise ArchiveError("the hash of chunk %s is missing" % name)
+        told = reader.take(512)[:length].decode("ascii", "replace").lower()
+        if hashes[kind] and hashes[kind](data) != told:
+            raise ArchiveError("chunk %s does not match its hash" % name)
+        yield match.group(1), int(match.group(2)), name, data, bool(hashes[kind])
         block = reader.take(512)
     if reader.take(512).strip(b"\0"):
         raise ArchiveError("one zero block only before more data")
-    yield None, 0, "", 0
-
-
-def read_chunk(reader, name, size, hashes):
-    """(bytes, whether they were proved) of a chunk, from behind its header, and of the member after
-    it that holds its hash. hashes: {ending of that one's name: function, or None}."""
-    data = reader.take(size)
-    reader.skip(-size % 512)
-    member, length = read_member(reader, reader.take(512))
-    kind = member[len(name):]
-    if name + kind != member or kind not in hashes or not 0 < length <= 64:
-        raise ArchiveError("the hash of chunk %s is missing" % name)
-    told = reader.take(512)[:length].decode("ascii", "replace").lower()
-    if hashes[kind] and hashes[kind](data) != told:
-        raise ArchiveError("chunk %s does not match its hash" % name)
-    return data, bool(hashes[kind])
+    yield None, 0, "", b"", True
 
 
 def prove_xva(pieces, uuids=(), sink=None):
@@ -1259,8 +1263,6 @@ def prove_xva(pieces, uuids=(), sink=None):
     the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
     reader = Reader(pieces, "the very beginning")
-    hashes = {".xxhash": find_xxh64(),
-              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
     name, size = read_member(reader, reader.take(512))
     if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
         raise ArchiveError("the archive does not begin with ova.xml")
@@ -1270,7 +1272,7 @@ def prove_xva(pieces, uuids=(), sink=None):
     if sink:
         sink("ova.xml", 0, data)
     disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
-    for ref, number, name, size in read_headers(reader):
+    for ref, number, name, chunk, proved in read_chunks(reader):
         if ref != disk:
             if offset != want:
                 raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
@@ -1283,27 +1285,22 @@ def prove_xva(pieces, uuids=(), sink=None):
                 raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
             disk, want, offset, last = ref, disks[ref].size, 0, -1
             done.append(ref)
-        again = number == last == 0 and size == offset == want and not twice
-        twice = twice or again
-        if not again:
-            unit = size if unit is None else unit
-            offset += unit * (number - last - 1) + size
-            if number <= last or offset > want:
-                raise ArchiveError("chunk %s is out of order" % name)
-            last = number
-        data, proved = read_chunk(reader, name, size, hashes)
         proofs.append(proved)
-        if sink and not again:
-            sink(disk, offset - size, data)
+        size = len(chunk)
+        if number == last == 0 and size == offset == want and not twice:
+            twice = True
+            continue
+        unit = size if unit is None else unit
+        offset += unit * (number - last - 1) + size
+        if number <= last or offset > want:
+            raise ArchiveError("chunk %s is out of order" % name)
+        last = number
+        if sink:
+            sink(disk, offset - size, chunk)
     missing = [ref for ref, item in disks.items() if item.size and ref not in done]
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
-    end = reader.at
-    for view in iter(lambda: reader.some(MIB), b""):
-        if bytes(view).strip(b"\0"):
-            raise ArchiveError("data after the end of the archive")
-        if reader.at - end > MIB:
-            raise ArchiveError("more than 1 MiB of zeros after the end of the archive")
+    reader.end(MIB)
     told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proofs.count(False)
     return ["archive (%d disks, %d chunks)" % (len(disks), len(proofs)),
             "chunk hashes" if all(proofs) else told]
@@ -1314,17 +1311,14 @@ def prove_xva(pieces, uuids=(), sink=None):
 
 def prove_raw(pieces, size):
     """Proves a raw disk whole: `size` bytes, then at most ROUNDING zeros. size None: unknown."""
-    seen = 0
-    for piece in pieces:
-        more = piece[max(size - seen, 0):] if size is not None else b""
-        seen += len(piece)
-        if len(more) and (seen > size + ROUNDING or bytes(more).strip(b"\0")):
-            raise ArchiveError("more than the disk's %d bytes arrived" % size)
     if size is None:
+        for _ in pieces:
+            pass
         return ["NOT its size (nothing here tells it)"]
-    if seen < size:
-        raise ArchiveError("%d of %d bytes arrived" % (seen, size))
-    return ["size (%d bytes)" % seen]
+    reader = Reader(pieces, "the disk's %d bytes" % size)
+    reader.skip(size)
+    reader.end(ROUNDING)
+    return ["size (%d bytes)" % size]
 
 
 def prove_vhd(pieces, size=None):
@@ -1367,8 +1361,7 @@ def prove_vhd(pieces, size=None):
     reader.skip(end - reader.at)
     if reader.take(512) != footer:
         raise ArchiveError("no footer at byte %d, where the VHD's table has its end" % end)
-    if reader.some(1):
-        raise ArchiveError("data after the VHD's last footer")
+    reader.end()
     return ["VHD (footers, header, %d blocks)" % len(blocks)]
 
 

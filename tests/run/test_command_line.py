@@ -289,7 +289,8 @@ def test_a_mail_password_is_not_sent_in_clear(refused):
 @pytest.mark.parametrize("data, cause", [
     ("vm-export=Büro\n".encode("latin-1"), "is not UTF-8 text (byte 11)"),
     (b"vm-export=web\n\0\0\0", "binary"), (b"\x7fELF\x02\x01\0", "binary"),
-    ("vm-export=web\n".encode("utf-16"), "not"), (b"vm-export=web\n" * 80000, "larger than 1.0 MiB"),
+    ("vm-export=web\n".encode("utf-16"), "not"),
+    (b"vm-export=web\n" * 80000, "larger than 1.0 MiB"),
     (b"vm-export\n", "no '='"), (b"", "no VMs loaded"), (b"max_backups=3\n", "no VMs loaded"),
     (b"vm-export=web\nmax_backups\n", "line 2: no '='"),
     (b"vm-export=web\ncolour=red\n", "line 2: unknown setting colour, allowed are"),
