@@ -302,7 +302,7 @@ def short_host_name():
 # ============================== settings ==============================
 
 Setting = collections.namedtuple("Setting", "name default parse about")
-Rule = collections.namedtuple("Rule", "key value name keep simple")  # a line that selects VMs
+Rule = collections.namedtuple("Rule", "key text name keep simple")  # a line that selects VMs
 Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: host = socket path
 Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
@@ -518,7 +518,7 @@ def make_rule(key, value):
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
     simple = all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
-    return Rule(key, value, name, keep, simple and bool(name))
+    return Rule(key, "%s=%s" % (key, value), name, keep, simple and bool(name))
 
 
 def make_settings(config, words):
@@ -684,7 +684,7 @@ def make_hosts(settings, local):
 # ============================== selection ==============================
 
 # One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
-Choice = collections.namedtuple("Choice", "kind name refs keep rule")
+Choice = collections.namedtuple("Choice", "kind name refs keep")
 Selection = collections.namedtuple(
     "Selection", "choices excluded left unknown_excludes unmatched notes")
 
@@ -703,21 +703,20 @@ def select(rules, names, only=()):
         for name, rule in {**simple, **regex, **simple}.items():  # simple ones come first, and win
             if name not in owners:
                 owners[name] = rule
-                choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-    taken = [choice.name for choice in choices]
-    left = [name for name in every if name not in set(taken)]
-    lost = [rule for rule, hits in found if not hits]
+                choices.append(Choice(kind, name, names.get(name, []), rule.keep))
+    taken = {choice.name for choice in choices}
+    left = [name for name in every if name not in taken]
+    wanted = _match(only, sorted(taken))
     if only:
-        wanted = _match(only, taken)
         kept = {name for _, hits in wanted for name in hits}
         choices = [choice for choice in choices if choice.name in kept]
-        lost += [rule for rule, hits in wanted if not hits]
         if not choices:
             raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
-                "only=%s%s" % (rule.value, _hint(rule, taken)) for rule in only))
+                rule.text + _hint(rule, taken) for rule in only))
+    lost = [rule for rule, hits in found + wanted if not hits]
     return Selection(
-        choices, excluded, left, [rule.value for rule in lost if rule.key == "exclude"],
-        ["%s=%s%s" % (rule.key, rule.value, _hint(rule, every)) for rule in lost
+        choices, excluded, left, [rule.name for rule in lost if rule.key == "exclude"],
+        [rule.text + _hint(rule, every) for rule in lost
          if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
         _notes(found, owners, every))
 
@@ -734,8 +733,7 @@ def _match(rules, names):
                 hits = [name for name in names if name == rule.name or match(name)]
         except (re.error, ValueError, OverflowError, RecursionError):
             if not hits:
-                mistakes.append("***ERROR - invalid regex: %s=%s%s" % (
-                    rule.key, rule.value, meant(rule.name)))
+                mistakes.append("***ERROR - invalid regex: %s%s" % (rule.text, meant(rule.name)))
         found.append((rule, hits))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -746,13 +744,12 @@ def _notes(found, owners, every):
     """Lines about rules that do something else than was perhaps meant."""
     notes, decided = [], {id(rule) for rule in owners.values()}
     for rule, hits in found:
-        text = "NOTE - %s=%s: " % rule[:2]
-        if not hits and (rule.simple or rule.key == "exclude") and _hint(rule, every):
-            notes.append(text + "no VM bears this name" + _hint(rule, every))
+        text, hint = "NOTE - %s: " % rule.text, "" if hits else _hint(rule, every)
+        if hint and (rule.simple or rule.key == "exclude"):
+            notes.append(text + "no VM bears this name" + hint)
         elif hits and id(rule) not in decided and rule.key != "exclude":
-            by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
-            more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
-            notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
+            by = dict.fromkeys(owners[name].text for name in hits)
+            notes.append("%sall its VMs were taken by %s" % (text, ", ".join(by)))
         if rule.name in hits and not rule.simple:
             others = [name for name in hits if name != rule.name]
             notes.append("%sthe VM of just this name is meant; it is no simple name and may match"
@@ -1093,16 +1090,12 @@ class Reader:
     """Takes pieces apart into just so many bytes. at: bytes taken; where: the place, in words."""
 
     def __init__(self, pieces, where):
-        self._pieces, self._left = iter(pieces), memoryview(b"")
+        self._pieces, self._left = filter(len, pieces), b""
         self.where, self.at = where, 0
 
     def some(self, most):
         """A view of the next bytes, at most so many, valid until the next; at the end b""."""
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                break
-            self._left = piece
+        self._left = self._left or next(self._pieces, b"")
         view, self._left = self._left[:most], self._left[most:]
         self.at += len(view)
         return view
@@ -1159,22 +1152,6 @@ def find_xxh64():
 OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
-def parse_ova(data):
-    """(version, {class: {id: record}}) of an ova.xml: one XML-RPC value, with a prolog or without.
-    Raises ArchiveError."""
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise ArchiveError("ova.xml is not XAPI's")
-    data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
-    by_class = collections.defaultdict(dict)
-    try:
-        value: Any = xmlrpc.client.loads(data)[0][0]
-        for item in value["objects"]:
-            by_class[item["class"]][item["id"]] = item["snapshot"]
-        return value.get("version"), by_class
-    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
-        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
-
-
 def label_disks(vbds):
     """[(label, VBD record)] of those that are no CDs, by userdevice."""
     found = {}
@@ -1186,27 +1163,35 @@ def label_disks(vbds):
     return found.items()
 
 
-def expected_disks(data, uuids=()):
-    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. Raises ArchiveError
-    if it lacks a VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in
-    an export (export.ml)."""
-    found, by_class = {}, parse_ova(data)[1]
+def parse_ova(data, uuids=()):
+    """(version, {class: {id: record}}, {id: OvaDisk} of the disks that the export has to hold) of
+    an ova.xml: one XML-RPC value, with a prolog or without. Raises ArchiveError, too if it lacks a
+    VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in an export
+    (export.ml)."""
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+        raise ArchiveError("ova.xml is not XAPI's")
+    data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
+    found, disks = collections.defaultdict(dict), {}
     try:
-        disks = [("suspend", vm.get("suspend_VDI")) for vm in by_class["VM"].values()]
-        disks += [(label, vbd["VDI"]) for label, vbd in label_disks(by_class["VBD"].values())]
-        for label, ref in disks:
-            vdi = by_class["VDI"].get(ref, {})
-            sr = by_class["SR"].get(vdi.get("SR"), {})
-            if vdi and ref not in found and sr.get("content_type") != "iso":
-                found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
-        absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
-        if not all(0 <= disk.size < 1 << 62 for disk in found.values()):
+        value: Any = xmlrpc.client.loads(data)[0][0]
+        version = value.get("version")
+        for item in value["objects"]:
+            found[item["class"]][item["id"]] = item["snapshot"]
+        labels = [("suspend", vm.get("suspend_VDI")) for vm in found["VM"].values()]
+        labels += [(label, vbd["VDI"]) for label, vbd in label_disks(found["VBD"].values())]
+        for label, ref in labels:
+            vdi = found["VDI"].get(ref, {})
+            sr = found["SR"].get(vdi.get("SR"), {})
+            if vdi and ref not in disks and sr.get("content_type") != "iso":
+                disks[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
+        absent = set(uuids) - {vdi.get("uuid") for vdi in found["VDI"].values()}
+        if not all(0 <= disk.size < 1 << 62 for disk in disks.values()):
             raise ValueError("no disk has such a size")
-    except Exception as error:  # hostile records are of any shape
+    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
         raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % min(absent))
-    return found
+    return version, found, disks
 
 
 def read_member(reader, block):
@@ -1268,7 +1253,7 @@ def prove_xva(pieces, uuids=(), sink=None):
         raise ArchiveError("the archive does not begin with ova.xml")
     data = reader.take(size)
     reader.skip(-size % 512)
-    disks = expected_disks(data, uuids)
+    disks = parse_ova(data, uuids)[2]
     if sink:
         sink("ova.xml", 0, data)
     disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
@@ -1451,8 +1436,7 @@ def unzstd(pieces):
 
     def feed():
         with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
-            for piece in pieces:
-                child.stdin.write(piece)
+            child.stdin.writelines(pieces)
 
     child: Any
     with subprocess.Popen(
@@ -4129,10 +4113,10 @@ def read_ova(source):
         reader = Reader(pieces, "the very beginning")
         name, size = read_member(reader, reader.take(512))
         data = reader.take(min(size, METADATA_LIMIT))
-    version, found = parse_ova(data)
-    if name != "ova.xml" or len(found["VM"]) != 1:
+    ova = parse_ova(data)
+    if name != "ova.xml" or len(ova[1]["VM"]) != 1:
         raise ArchiveError("the archive does not hold just one VM")
-    return version, found, expected_disks(data)
+    return ova
 
 
 def held_back(source):
@@ -4809,7 +4793,7 @@ def check_metadata(fd, export, sums):
     disks, there = {}, sum(path.startswith("DISK-") and path.endswith("/vdi.cfg")
                            and path[:-7] + "vbd.cfg" in texts for path in texts)
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
-        disks = expected_disks(texts["vm-metadata.xml"])
+        disks = parse_ova(texts["vm-metadata.xml"])[2]
     wanted = sum(disk.label != "suspend" and "[NOBAK]" not in disk.name for disk in disks.values())
     if there < wanted:  # not by label: a VM that is started meanwhile gets others
         raise ArchiveError("of %d folders DISK-* %d are missing" % (wanted, wanted - there))
@@ -4895,7 +4879,7 @@ class Images:
 
     def __call__(self, ref, offset, data):
         if ref == "ova.xml":
-            self._create(expected_disks(data))
+            self._create(parse_ova(data)[2])
         elif ref in self.files:
             view = memoryview(data)
             for start in range(0, len(view), GRAIN):

@@ -704,7 +704,7 @@ def test_the_sink_gets_the_disks_byte_for_byte(form, step):
              disk(6 * MIB, "data", seed=2, sparse=[0, 3], device="xvdb"))
     data = archive(*specs, first_id=4, keepalive=(1,))
     size = int(data[124:135], 8)
-    disks = vmbackup.expected_disks(data[512:512 + size])
+    disks = vmbackup.parse_ova(data[512:512 + size])[2]
     images = {ref: bytearray(item.size) for ref, item in disks.items()}
     metadata = []
 

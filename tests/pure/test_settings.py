@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_only_is_for_the_command_line():
-    assert [rule.value for rule in made("vm-export=.*", words=["only=a", "only=b.*"]).only] == [
+    assert [rule.name for rule in made("vm-export=.*", words=["only=a", "only=b.*"]).only] == [
         "a", "b.*"]
     assert "unknown setting only" in mistake("only=a")
 
