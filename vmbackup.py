@@ -396,10 +396,9 @@ def parse_host(text):
     ValueError, for http:// to an address that is not loopback, too."""
     if text.startswith("/"):
         return Address("unix", native(text), 0)
-    scheme, separator, rest = text.partition("://")
-    scheme, rest = (scheme.lower(), rest) if separator else ("https", text)
-    host, port = _host_and_port(rest)
-    if scheme not in ("http", "https") or (scheme == "http" and not is_loopback(host)):
+    match = re.match("(?:(https?)://)?(.*)", text, re.IGNORECASE)
+    scheme, (host, port) = (match.group(1) or "https").lower(), _host_and_port(match.group(2))
+    if scheme == "http" and not is_loopback(host):
         raise ValueError
     return Address(scheme, host, port or (443 if scheme == "https" else 80))
 
@@ -454,6 +453,7 @@ SETTINGS = [Setting(*row) for row in (
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
+KEYS = tuple(KNOWN) + RULE_KEYS
 
 
 class Settings(types.SimpleNamespace):
@@ -478,8 +478,8 @@ def read_config(data, source):
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): convert it, for example with"
-                          " iconv -f latin1 -t utf-8" % (source, error.start)) from None
+        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): see iconv" % (
+            source, error.start)) from None
     pairs = []
     for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
         line = line.strip()
@@ -502,7 +502,7 @@ def load_config(path):
     except (OSError, BackupError) as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
     pairs = read_config(data, path)
-    if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
+    if pairs and not any(key in KEYS for key, _, _ in pairs):
         raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
                           " a setting (for a VM of that name: vm-export=NAME)" % path)
     return pairs
@@ -511,7 +511,7 @@ def load_config(path):
 def make_rule(key, value):
     """The Rule of one selector's value; `:N` is read only from its end (not exclude's, only's)."""
     name, keep = value, None
-    match = re.match(r"(.*):([+-]?[0-9]{1,18})\Z", value, re.DOTALL)
+    match = re.match(r"(.*):([+-]?[0-9]{1,999})\Z", value, re.DOTALL)
     if match and key in ("vm-export", "vdi-export"):
         name, keep = match.group(1).rstrip(), int(match.group(2))
         if keep < 1:
@@ -529,7 +529,7 @@ def make_settings(config, words):
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if in_file and ignore.lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
+            if in_file and ignore.lower() == "true" and key not in KEYS:
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -595,8 +595,7 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        raise ConfigError("ERROR - %s: unknown setting %s, %s"
-                          % (where, key, allowed(key, list(KNOWN) + list(RULE_KEYS))))
+        raise ConfigError("ERROR - %s: unknown setting %s, %s" % (where, key, allowed(key, KEYS)))
     setting = KNOWN[key]
     if not value and (not setting.default or key == "status_log"):
         return None
@@ -642,9 +641,8 @@ def read_password_file(path, plain=False):
     except (OSError, BackupError, ValueError):  # an empty file is none either
         if plain and data:
             return data.decode("utf-8", "replace")
-        raise ConfigError("ERROR - the file named is no password file: make one with"
-                          " create-password-file (a password that is also the name of a file goes"
-                          " into one, or through -)") from None
+        raise ConfigError("ERROR - the file is no password file: create-password-file makes one (of"
+                          " a password that is also a file's name, too)") from None
 
 
 def read_password(word, literal=False):
@@ -1355,23 +1353,22 @@ def dump_tables(pieces):
     it. Raises ArchiveError if it is no XML to its </database>, a single row lacks fields that all
     others of its table have, or it has no VM (every host is one): during a rolling upgrade xapi
     sends one without tables (pool_db_backup.ml)."""
-    path, schema, seen = [], {}, 0
+    schema, seen, rows = {}, 0, None
     tables = collections.defaultdict(collections.Counter)  # of each one's rows, by their fields
     parser = xml.parsers.expat.ParserCreate("utf-8")
 
     def begin(name, attributes, *doctype):
-        if doctype or len(path) > 9 or len(tables) + len(schema) > 9999:
+        nonlocal rows
+        if doctype or len(tables) + len(schema) > 9999:
             raise ArchiveError("the dump is not XAPI's")
-        path.append(attributes.get("name", "") if name == "table" else name)
-        if name == "row" and len(path) == 3:
-            tables[path[1]][frozenset(attributes)] += 1
-        elif name == "table":
-            tables[path[-1]].update()
+        if name == "table":
+            rows = tables[attributes.get("name")]
+        elif name == "row" and rows is not None:
+            rows[frozenset(attributes)] += 1
         elif name == "pair":
             schema[attributes.get("key")] = attributes.get("value")
 
     parser.StartElementHandler = parser.StartDoctypeDeclHandler = begin
-    parser.EndElementHandler = lambda _name: path.pop()
     try:
         for piece in pieces:
             seen += len(piece)
@@ -1383,9 +1380,9 @@ def dump_tables(pieces):
         raise ArchiveError("the dump is damaged or lacks </database>: %s" % error) from None
     if not tables.get("VM"):
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-    for table, rows in tables.items():  # the cut made one row of two
-        usual = max(rows, key=rows.get, default=frozenset())
-        if rows[usual] > 1 and any(rows[odd] == 1 and odd < usual for odd in rows):
+    for table, counts in tables.items():  # the cut made one row of two
+        usual = max(counts, key=counts.get, default=frozenset())
+        if counts[usual] > 1 and any(counts[odd] == 1 and odd < usual for odd in counts):
             raise ArchiveError("the dump is damaged in table %s" % table)
     version = "schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn"))
     return {version}.union(tables)

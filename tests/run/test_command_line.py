@@ -280,8 +280,9 @@ def test_local_and_a_network_address_do_not_go_together(tmp_path):
 
 
 def test_a_mail_password_is_not_sent_in_clear(refused):
-    assert "smtp_starttls=True" in refused("pw", "web", "smtp_user=me", "smtp_server=mx.example",
-                                           "smtp_password_file=/pw")
+    mail = ("mail_to=a@b", "mail_from=c@d", "smtp_server=mx.example")
+    assert "smtp_starttls=True" in refused("pw", "web", "smtp_user=me", "smtp_password_file=/pw",
+                                           *mail)
 
 
 # --- config files ---
