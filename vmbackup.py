@@ -208,12 +208,11 @@ def reason_of(error):
         type(error).__name__, here[-1] if here else "?", describe(error))
 
 
-def debug(error, log):
-    """Logs where an error came from, if the environment has VMBACKUP_DEBUG=1."""
+def debug(log):
+    """Logs where the present error came from, if the environment has VMBACKUP_DEBUG=1."""
     if os.environ.get("VMBACKUP_DEBUG") == "1":
-        for text in traceback.format_exception(type(error), error, error.__traceback__):
-            for line in text.rstrip().split("\n"):
-                log("DEBUG %s" % without_refs(line))
+        for line in traceback.format_exc().splitlines():
+            log("DEBUG %s" % without_refs(line))
 
 
 def from_argv(arg):
@@ -1045,21 +1044,18 @@ def _empty(fd, tree):
     """Deletes what judge() found. The marker becomes UNFINISHED first, which goes last: a deletion
     that is cut short leaves what the next run knows as unfinished, never as a backup. The export
     goes first of the rest; where that fails, the marker comes back and nothing is lost."""
-    names = [name for name, _ in tree]
-    markers = [marker for marker in MARKERS if marker in names]
+    markers = [marker for marker in MARKERS if (marker, None) in tree]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
     with contextlib.suppress(OSError):  # some file systems flush no folders
         os.fsync(fd)
     try:
-        for name in filter(EXPORT.match, names):
-            os.unlink(name, dir_fd=fd)
+        _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
+            item[0] == UNFINISHED, item[0].endswith(".partial"), not EXPORT.match(item[0]))))
     except OSError:
-        if markers:
+        if markers and any(map(EXPORT.match, os.listdir(fd))):
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
         raise
-    _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
-        item[0] == UNFINISHED, item[0].endswith(".partial"))))
 
 
 def _delete(fd, tree):
@@ -2490,7 +2486,7 @@ class Outcome:
             self.error, self.final = reason_of(error), getattr(error, "final", False)
             self.locked = isinstance(error, LockedError)
             self.status = "ERROR locked" if self.locked else self.status
-            debug(error, self.say)
+            debug(self.say)
         self.seconds += time.monotonic() - begin
 
 
@@ -5408,7 +5404,7 @@ def log_error(error, log):
     """Logs what went wrong, a line for each cause."""
     for line in reason_of(error).split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
-    debug(error, log)
+    debug(log)
 
 
 def dispatch(words, log, watch):
