@@ -668,16 +668,6 @@ def credentials(settings, word):
     return ("root", "") if word == "local" else (settings.username, read_password(word))
 
 
-def make_hosts(settings, local):
-    """The Addresses of host=. Raises ConfigError where it does not go with the password."""
-    addresses = settings.host
-    if local and addresses == KNOWN["host"].parse("localhost"):
-        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
-    if any(local != (address.scheme == "unix") for address in addresses):
-        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
-    return addresses
-
-
 # ============================== selection ==============================
 
 # One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
@@ -1179,8 +1169,6 @@ def parse_ova(data, uuids=()):
             if vdi and ref not in disks and sr.get("content_type") != "iso":
                 disks[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
         absent = set(uuids) - {vdi.get("uuid") for vdi in found["VDI"].values()}
-        if not all(0 <= disk.size < 1 << 62 for disk in disks.values()):
-            raise ValueError("no disk has such a size")
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
@@ -1716,8 +1704,14 @@ class Endpoint:
         return context
 
 
-def endpoints(settings, addresses):
-    """The Endpoints of these Addresses, which prove themselves as the settings tls_* say."""
+def endpoints(settings, local):
+    """The Endpoints of host=, which prove themselves as the settings tls_* say; local: the password
+    is that word. Raises ConfigError where the two do not go together."""
+    addresses = settings.host
+    if local and addresses == KNOWN["host"].parse("localhost"):
+        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
+    if any(local != (address.scheme == "unix") for address in addresses):
+        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
     proof = settings.tls_fingerprint, settings.tls_ca, settings.tls_verify
     return [Endpoint(address, *proof) for address in addresses]
 
@@ -3977,7 +3971,7 @@ def restore_command(words, log, watch):
     what is refused before anything was sent, another BackupError for what failed."""
     wish = parse_restore(words)
     settings = wish["settings"]
-    hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+    hosts = endpoints(settings, words[0] == "local")
     watch.rate = settings.rate_limit * 10**6
     xapi = Xapi(hosts, watch.pure(credentials, settings, words[0]), log, watch)
     if not settings.tls_verify:
@@ -5494,7 +5488,7 @@ def backup_command(words, log, watch):
     try:
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        hosts = endpoints(settings, make_hosts(settings, words[0] == "local"))
+        hosts = endpoints(settings, words[0] == "local")
         run.host = ", ".join(map(str, hosts))
         check_packages()
         watch.do(check_paths, settings)
