@@ -942,7 +942,7 @@ def backups(folders):
 
 def whole(folder):
     """Whether a Folder is a backup that has an export: no more than a look can tell."""
-    return bool(folder.marker and folder.created is not None and folder.export and folder.size > 0)
+    return bool(folder.marker and folder.created is not None and folder.size)
 
 
 def kept(folders, policy, newest=None, uuid="", pre_clean=False):
@@ -1238,8 +1238,9 @@ def prove_xva(pieces, uuids=(), sink=None):
     disks = parse_ova(data, uuids)[2]
     if sink:
         sink("ova.xml", 0, data)
-    disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
-    for ref, number, name, chunk, proved in read_chunks(reader):
+    disk, want, offset, last, unit, twice, done = "", 0, 0, -1, None, False, []
+    proved = collections.Counter()  # chunks, by whether their hash did it
+    for ref, number, name, chunk, hashed in read_chunks(reader):
         if ref != disk:
             if offset != want:
                 raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
@@ -1252,8 +1253,8 @@ def prove_xva(pieces, uuids=(), sink=None):
                 raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
             disk, want, offset, last = ref, disks[ref].size, 0, -1
             done.append(ref)
-        proofs.append(proved)
         size = len(chunk)
+        proved[hashed] += 1
         if number == last == 0 and size == offset == want and not twice:
             twice = True
             continue
@@ -1268,9 +1269,9 @@ def prove_xva(pieces, uuids=(), sink=None):
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
     reader.end(MIB)
-    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proofs.count(False)
-    return ["archive (%d disks, %d chunks)" % (len(disks), len(proofs)),
-            "chunk hashes" if all(proofs) else told]
+    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proved[False]
+    return ["archive (%d disks, %d chunks)" % (len(disks), sum(proved.values())),
+            told if proved[False] else "chunk hashes"]
 
 
 # --- single disks, and the pool's database ---
@@ -1413,18 +1414,16 @@ def unzstd(pieces):
 
     if not has_zstd():
         raise BackupError("nothing here can decompress it: install the command zstd")
-    buffer = memoryview(bytearray(MIB))
+    buffer, pipe = memoryview(bytearray(MIB)), subprocess.PIPE
 
     def feed():
         with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
             child.stdin.writelines(pieces)
 
     child: Any
-    with subprocess.Popen(
-            [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
-    ) as child, ThreadPoolExecutor(1) as thread:
+    with subprocess.Popen(  # in a session of its own: Ctrl-C is for us, and ends its input
+            [shutil.which("zstd"), "-dcq"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
+            start_new_session=True) as child, ThreadPoolExecutor(1) as thread:
         try:
             feeder = thread.submit(feed)
             for count in iter(lambda: child.stdout.readinto(buffer), 0):
