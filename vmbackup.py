@@ -307,13 +307,13 @@ Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  #
 
 
 def open_file(name, dir_fd=None):
-    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, and
-    BackupError (never a wait) for what is no regular file."""
+    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, too
+    (never a wait) for what is no regular file."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise BackupError("%s: no regular file" % name)
+        raise OSError(errno.ENXIO, "no regular file", name)
     return fd
 
 
@@ -324,10 +324,10 @@ def read_start(name, dir_fd=None, size=4096):
 
 
 def read_small(name, dir_fd=None, limit=MIB):
-    """The bytes of a file. BackupError if it is larger than `limit`."""
+    """The bytes of a file. Raises OSError, too if it is larger than `limit`."""
     data = read_start(name, dir_fd, limit + 1)
     if len(data) > limit:
-        raise BackupError("%s: larger than %s" % (name, size_text(limit)))
+        raise OSError(errno.EFBIG, "larger than %s" % size_text(limit), name)
     return data
 
 
@@ -498,7 +498,7 @@ def load_config(path):
     lines begins with a setting's name: it may be a password file."""
     try:
         data = read_small(path)
-    except (OSError, BackupError) as error:
+    except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
     pairs = read_config(data, path)
     if pairs and not any(key in KEYS for key, _, _ in pairs):
@@ -510,9 +510,9 @@ def load_config(path):
 def make_rule(key, value):
     """The Rule of one selector's value; `:N` is read only from its end (not exclude's, only's)."""
     name, keep = value, None
-    match = re.match(r"(.*):([+-]?[0-9]{1,999})\Z", value, re.DOTALL)
+    match = re.match(r"(.*):([+-]?[0-9]+)\Z", value, re.DOTALL)
     if match and key in ("vm-export", "vdi-export"):
-        name, keep = match.group(1).rstrip(), int(match.group(2))
+        name, keep = match.group(1).rstrip(), int(match.group(2)[:4000])  # Python has a limit
         if keep < 1:
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
@@ -637,7 +637,7 @@ def read_password_file(path, plain=False):
         data = read_small(path).strip()
         text = base64.b64decode(b"".join(data.split()) or b"-", validate=True).decode("utf-8")
         return re.sub(r"\r?\n\Z", "", text)
-    except (OSError, BackupError, ValueError):  # an empty file is none either
+    except (OSError, ValueError):  # an empty file is none either
         if plain and data:
             return data.decode("utf-8", "replace")
         raise ConfigError("ERROR - the file is no password file: create-password-file makes one (of"
@@ -790,8 +790,7 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of 
 FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
 AHEAD = 3600  # seconds by which clocks may differ
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
-PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
-           ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
+PERIODS = {"daily": "%Y-%m-%d", "weekly": "%G-%V", "monthly": "%Y-%m", "yearly": "%Y"}
 
 
 def folder_name(name):
@@ -845,7 +844,7 @@ def look_into(fd):
     """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
     a backup's folder. 3.25 wrote no sums."""
     inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
-    marker, text = read_marker(fd, inside)
+    marker, text = read_marker(fd)
     exports, sums = [name for name in inside if EXPORT.match(name)], {}
     if not marker:
         raise ArchiveError("no marker in the folder: it is no backup")
@@ -894,7 +893,7 @@ def scan(vm_fd, patterns, vm=None):
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
     inside, cfg, size = os.listdir(fd), {}, 0
-    marker, text = read_marker(fd, inside)
+    marker, text = read_marker(fd)
     told = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text)
     if told:  # in UTC: right through changes of the clock and of the zone
         made = float(told.group(2) or told.group(1))
@@ -906,7 +905,7 @@ def _look(fd, item, vm):
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
-    with contextlib.suppress(OSError, BackupError):
+    with contextlib.suppress(OSError):
         cfg = read_cfg("vm.cfg", fd)
     rest = [name for name in inside if not STREWN.match(name) and not STREWN.match(name + "/")]
     foreign = [name for name in rest if not OWN_FOLDERS.match(name) and not _may_lie(name, vm)]
@@ -917,14 +916,12 @@ def _look(fd, item, vm):
         foreign=min(foreign, default=None), label=cfg.get("name_label", ""))
 
 
-def read_marker(fd, inside):
-    """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
-    for one that cannot be read: such a folder is not known to be unfinished."""
-    for name in filter(inside.__contains__, MARKERS):
+def read_marker(fd):
+    """(name of a folder's marker or None, what it says). OSError for one that cannot be read: such
+    a folder is not known to be unfinished."""
+    for name in MARKERS:
         try:
             return name, read_start(name, fd)
-        except BackupError:
-            pass
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
@@ -956,10 +953,10 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     last = max(policy.last - bool(pre_clean), 1)
     for item in order[:last]:
         why[item.name].append("last %d" % last)
-    for rule, period in PERIODS:
+    for rule, period in PERIODS.items():
         found = collections.defaultdict(list)
         for item in order:
-            found[period(item.date)].append(item)
+            found[item.date.strftime(period)].append(item)
         for items in list(found.values())[: getattr(policy, rule)]:
             item = next(filter(whole, items), items[0])  # the newest may have lost its export
             why[item.name].append(rule)
@@ -1169,6 +1166,8 @@ def parse_ova(data, uuids=()):
             if vdi and ref not in disks and sr.get("content_type") != "iso":
                 disks[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
         absent = set(uuids) - {vdi.get("uuid") for vdi in found["VDI"].values()}
+        if not all(0 <= disk.size < 1 << 62 for disk in disks.values()):
+            raise ValueError("no disk has such a size")
     except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
@@ -2955,7 +2954,7 @@ def writer_of(vm_fd, name, own, now):
     A process of this machine lives or not; another machine's (or one of before a reboot) may do so
     while its file was touched in the last minutes.
     """
-    with contextlib.suppress(OSError, BackupError), opened(name, vm_fd) as fd:
+    with contextlib.suppress(OSError), opened(name, vm_fd) as fd:
         age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
         found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace"))
         if found:
@@ -4478,7 +4477,7 @@ def take_stock(top, settings, watch):
                 if error.errno not in ABSENT and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
         shelves = [item for item in shelves if item.found or item.error]
-        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
+        if not shelves and not settings and read_marker(fd)[0]:
             with opened(above) as vm_fd:
                 single = _shelf(vm_fd, os.path.basename(above), patterns)
             return [single._replace(found=[x for x in single.found if x.name == folder])], True

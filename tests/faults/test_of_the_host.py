@@ -122,7 +122,7 @@ ANY_EXPORT = {
     "fails at the start": Fault(FAILS, "export_fail", {}, "the host says: VDI_IO_ERROR"),
     "fails in the middle": Fault(
         FAILS, "export_fail", {"after": MIB, "error_info": ["SR_BACKEND_FAILURE_46", "", "x"]},
-        "the host says: SR_BACKEND_FAILURE_46 x .*could not read"),
+        "the host says: SR_BACKEND_FAILURE_46 x .*SMlog"),
     "fails silently": Fault(FAILS, "export_fail_silent",
                             {"after": MIB, "error_info": ["INTERNAL_ERROR", "Not_found"]},
                             "the host says: INTERNAL_ERROR Not_found .*xensource.log"),
