@@ -1191,6 +1191,16 @@ def read_member(reader, block):
     return name, size
 
 
+def take_ova(reader):
+    """The bytes of ova.xml, an export's first member."""
+    name, size = read_member(reader, reader.take(512))
+    if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
+        raise ArchiveError("the archive does not begin with ova.xml")
+    data = reader.take(size)
+    reader.skip(-size % 512)
+    return data
+
+
 def read_chunks(reader):
     """(disk's id, number, name, bytes, whether its hash proved it) of each chunk, which the member
     with its hash follows, up to the end: (None, 0, "", b"", True)."""
@@ -1229,11 +1239,7 @@ def prove_xva(pieces, uuids=(), sink=None):
     the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
     reader = Reader(pieces, "the very beginning")
-    name, size = read_member(reader, reader.take(512))
-    if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
-        raise ArchiveError("the archive does not begin with ova.xml")
-    data = reader.take(size)
-    reader.skip(-size % 512)
+    data = take_ova(reader)
     disks = parse_ova(data, uuids)[2]
     if sink:
         sink("ova.xml", 0, data)
@@ -1402,26 +1408,22 @@ def gunzip(pieces):
         raise ArchiveError("the gzip stream is cut off")
 
 
-def has_zstd():
-    return shutil.which("zstd") is not None
-
-
 def unzstd(pieces):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0. A thread of
     its own reads the pieces; it and the child are gone when this generator is."""
     import subprocess
 
-    if not has_zstd():
+    zstd, buffer, pipe = shutil.which("zstd"), memoryview(bytearray(MIB)), subprocess.PIPE
+    if not zstd:
         raise BackupError("nothing here can decompress it: install the command zstd")
-    buffer, pipe = memoryview(bytearray(MIB)), subprocess.PIPE
 
     def feed():
         with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
             child.stdin.writelines(pieces)
 
     child: Any
-    with subprocess.Popen(  # in a session of its own: Ctrl-C is for us, and ends its input
-            [shutil.which("zstd"), "-dcq"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
+    with subprocess.Popen(  # a new session: Ctrl-C is for us, the child ends when its input does
+            [zstd, "-dcq"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
             start_new_session=True) as child, ThreadPoolExecutor(1) as thread:
         try:
             feeder = thread.submit(feed)
@@ -4095,11 +4097,8 @@ def read_ova(source):
     """(version, {class: {id: record}}, {id: OvaDisk}) of an XVA's ova.xml. Raises ArchiveError."""
     unpack = {".gz": gunzip, ".zst": unzstd}.get(os.path.splitext(source.file_name)[1], iter)
     with contextlib.closing(unpack(ring(source.file.readinto))) as pieces:
-        reader = Reader(pieces, "the very beginning")
-        name, size = read_member(reader, reader.take(512))
-        data = reader.take(min(size, METADATA_LIMIT))
-    ova = parse_ova(data)
-    if name != "ova.xml" or len(ova[1]["VM"]) != 1:
+        ova = parse_ova(take_ova(Reader(pieces, "the very beginning")))
+    if len(ova[1]["VM"]) != 1:
         raise ArchiveError("the archive does not hold just one VM")
     return ova
 
@@ -5610,7 +5609,7 @@ def check_paths(settings):
         except (OSError, BackupError) as error:
             raise ConfigError("ERROR - %s=%s cannot be used: %s" % (
                 key, file, describe(error))) from None
-    if settings.compress == "zstd" and not has_zstd():
+    if settings.compress == "zstd" and not shutil.which("zstd"):
         raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
                           " could be proved: install it, or set compress=gzip")
 
