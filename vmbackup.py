@@ -127,37 +127,25 @@ ADVICE = {
     "HANDLE_INVALID": "the object is gone: deleted, or the host's toolstack was restarted",
     "HOST_IS_SLAVE": "this host is not the pool master: set host= to the master",
     "HOST_STILL_BOOTING": "the host is starting or has lost its master: try again when it is up",
-    "HOST_OFFLINE": "the host is switched off or unreachable",
     "INTERNAL_ERROR": "XAPI failed inside: look at /var/log/xensource.log on the host",
-    "LICENCE_RESTRICTION": "the pool's licence does not allow this",
-    "MESSAGE_METHOD_UNKNOWN": "this XAPI is too old for the call",
     "NO_HOSTS_AVAILABLE": "no live host sees all storage of this VM: an unplugged storage"
     " repository, or an ISO left in the drive? (xe vm-cd-eject)",
-    "NOT_SUPPORTED_DURING_UPGRADE": "a rolling pool upgrade is under way: run again after it",
     "OPERATION_BLOCKED": "an administrator blocked this operation (blocked_operations of the VM)",
-    "OPERATION_NOT_ALLOWED": "XAPI does not allow this on such an object",
     "OTHER_OPERATION_IN_PROGRESS": "something else is working on this VM: see xe task-list",
     "RBAC_PERMISSION_DENIED": "the user lacks the role for this; root or pool-admin has it",
     "SESSION_AUTHENTICATION_FAILED": "wrong user name or password",
     "SESSION_INVALID": "the session ended: the host's toolstack was restarted",
+    "SR_BACKEND_FAILURE_": "the storage repository refused: look at /var/log/SMlog on the host",
     "SR_BACKEND_FAILURE_44": "the storage repository has no space left for a snapshot or a disk",
-    "SR_BACKEND_FAILURE_46": "the storage repository could not read or attach the disk",
     "SR_BACKEND_FAILURE_109": "the chain of snapshots is too long: delete snapshots of this VM and"
     " let the storage repository coalesce",
     "SR_OPERATION_NOT_SUPPORTED": "this storage repository cannot take snapshots",
-    "TASK_CANCELLED": "the task was cancelled on the host",
-    "UUID_INVALID": "there is no such object any more",
-    "VDI_IN_USE": "the disk is still attached somewhere",
     "VDI_IO_ERROR": "the host could not read or write the disk: check its storage and space",
     "VDI_IS_SHARABLE": "shared disks cannot be snapshotted",
-    "VDI_NOT_MANAGED": "the disk is not managed by XAPI",
     "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "the disk is set to reset on boot",
     "VDI_TOO_LARGE": "the disk is too large for the format (vhd ends at 2040 GiB): use raw",
-    "VM_BAD_POWER_STATE": "the VM is not in a power state that allows this",
     "VM_HAS_VUSBS": "a VM with USB devices passed through cannot be snapshotted",
 }
-
-
 FINAL = ("OPERATION_BLOCKED", "VDI_IS_SHARABLE", "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION",
          "VM_HAS_VUSBS", "SR_OPERATION_NOT_SUPPORTED", "VDI_TOO_LARGE", "LICENCE_RESTRICTION",
          "RBAC_PERMISSION_DENIED")
@@ -174,12 +162,10 @@ class XapiError(BackupError):
         self.code = details[0]
         if self.code == "RBAC_PERMISSION_DENIED" and hidden:
             self.code = hidden.group(1)
-        self.params = details[1:] if self.code != "SESSION_INVALID" else []  # it is a secret
+        self.params = details[1:]
         self.final = self.code in FINAL
-        text = without_refs(" ".join([self.code] + [item for item in self.params if item]))
-        advice = ADVICE.get(self.code)
-        if advice is None and self.code.startswith("SR_BACKEND_FAILURE_"):
-            advice = "the storage repository refused: look at /var/log/SMlog on the host"
+        text = without_refs(" ".join(filter(None, [self.code] + self.params)))
+        advice = ADVICE.get(self.code) or ADVICE.get(self.code.rstrip("0123456789"))
         text += " (%s)" % advice if advice else ""
         super().__init__("%s: %s" % (doing, text) if doing else text)
 
@@ -218,12 +204,11 @@ def reason_of(error):
         type(error).__name__, here[-1] if here else "?", describe(error))
 
 
-def debug(error, log):
-    """Logs where an error came from, if the environment has VMBACKUP_DEBUG=1."""
+def debug(log):
+    """Logs where the present error came from, if the environment has VMBACKUP_DEBUG=1."""
     if os.environ.get("VMBACKUP_DEBUG") == "1":
-        for text in traceback.format_exception(type(error), error, error.__traceback__):
-            for line in text.rstrip().split("\n"):
-                log("DEBUG %s" % without_refs(line))
+        for line in traceback.format_exc().splitlines():
+            log("DEBUG %s" % without_refs(line))
 
 
 def from_argv(arg):
@@ -312,35 +297,34 @@ def short_host_name():
 # ============================== settings ==============================
 
 Setting = collections.namedtuple("Setting", "name default parse about")
-Rule = collections.namedtuple("Rule", "key value name keep simple")  # a line that selects VMs
+Rule = collections.namedtuple("Rule", "key text name keep simple")  # a line that selects VMs
 Address = collections.namedtuple("Address", "scheme host port")  # scheme unix: host = socket path
 Policy = collections.namedtuple("Policy", "last daily weekly monthly yearly")  # how many to keep
 
 
 def open_file(name, dir_fd=None):
-    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, and
-    BackupError (never a wait) for what is no regular file."""
+    """A descriptor to read a regular file; with dir_fd no link is followed. Raises OSError, too
+    (never a wait) for what is no regular file."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if dir_fd is None else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise BackupError("%s is no regular file" % name)
+        raise OSError(errno.ENXIO, "no regular file", name)
     return fd
 
 
-def read_small(name, dir_fd=None, limit=MIB, part=False):
-    """The bytes of a small file, opened by open_file; part: only its first `limit` bytes, however
-    large it is. BackupError if it is larger than `limit`."""
-    fd, data, piece = open_file(name, dir_fd), b"", None
-    try:
-        while len(data) <= limit and piece != b"":
-            piece = os.read(fd, 1 << 16)  # a file object would cost eight calls more
-            data += piece
-    finally:
-        os.close(fd)
-    if len(data) > limit and not part:
-        raise BackupError("%s is larger than %s" % (name, size_text(limit)))
-    return data[:limit]
+def read_start(name, dir_fd=None, size=4096):
+    """At most `size` bytes of a file, opened by open_file."""
+    with open(open_file(name, dir_fd), "rb") as file:
+        return file.read(size)
+
+
+def read_small(name, dir_fd=None, limit=MIB):
+    """The bytes of a file. Raises OSError, too if it is larger than `limit`."""
+    data = read_start(name, dir_fd, limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, "larger than %s" % size_text(limit), name)
+    return data
 
 
 def _choice(*same, **values):
@@ -384,9 +368,7 @@ def _pattern(text):
 def parse_time(name, pattern):
     """The datetime that a folder name in `pattern` tells, or None for any other name."""
     try:
-        with warnings.catch_warnings():  # Python 3.13 warns of patterns without a year
-            warnings.simplefilter("ignore")
-            moment = datetime.datetime.strptime(name, pattern)
+        moment = datetime.datetime.strptime(name, pattern)
     except (ValueError, re.error, IndexError, KeyError):
         return None
     sane = 1969 <= moment.year < 9999  # what each zone can tell; 1969 begins 1970 in the west
@@ -409,10 +391,9 @@ def parse_host(text):
     ValueError, for http:// to an address that is not loopback, too."""
     if text.startswith("/"):
         return Address("unix", native(text), 0)
-    scheme, separator, rest = text.partition("://")
-    scheme, rest = (scheme.lower(), rest) if separator else ("https", text)
-    host, port = _host_and_port(rest)
-    if scheme not in ("http", "https") or (scheme == "http" and not is_loopback(host)):
+    match = re.match("(?:(https?)://)?(.*)", text, re.IGNORECASE)
+    scheme, (host, port) = (match.group(1) or "https").lower(), _host_and_port(match.group(2))
+    if scheme == "http" and not is_loopback(host):
         raise ValueError
     return Address(scheme, host, port or (443 if scheme == "https" else 80))
 
@@ -467,6 +448,7 @@ SETTINGS = [Setting(*row) for row in (
 )]
 KNOWN = {setting.name: setting for setting in SETTINGS}
 RULE_KEYS = ("vm-export", "vdi-export", "exclude")
+KEYS = tuple(KNOWN) + RULE_KEYS
 
 
 class Settings(types.SimpleNamespace):
@@ -486,13 +468,13 @@ class Settings(types.SimpleNamespace):
 
 def read_config(data, source):
     """[(key, value, where)] of a config file's bytes; value None: a line without '='."""
-    if len(data) > MIB or b"\0" in data:
-        raise ConfigError("ERROR - %s is not a config file: binary, or over 1 MiB" % source)
+    if b"\0" in data:
+        raise ConfigError("ERROR - %s is not a config file: binary" % source)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): convert it, for example with"
-                          " iconv -f latin1 -t utf-8" % (source, error.start)) from None
+        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): see iconv" % (
+            source, error.start)) from None
     pairs = []
     for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
         line = line.strip()
@@ -511,11 +493,11 @@ def load_config(path):
     """read_config of the file. Raises ConfigError, with no word of the file's where none of its
     lines begins with a setting's name: it may be a password file."""
     try:
-        data = read_small(path, limit=MIB + 1, part=True)
-    except (OSError, BackupError) as error:
+        data = read_small(path)
+    except OSError as error:
         raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
     pairs = read_config(data, path)
-    if pairs and not any(key in KNOWN or key in RULE_KEYS for key, _, _ in pairs):
+    if pairs and not any(key in KEYS for key, _, _ in pairs):
         raise ConfigError("ERROR - %s is no config file: none of its lines begins with the name of"
                           " a setting (for a VM of that name: vm-export=NAME)" % path)
     return pairs
@@ -531,18 +513,18 @@ def make_rule(key, value):
             raise ConfigError("ERROR - max_backups must be 1 or more: %s=%s" % (key, value))
     # Simple: letters and digits of any script, ' ', '-', '_'. An empty vm-export= means all VMs.
     simple = all(char in " -_" or unicodedata.category(char)[0] in "LMN" for char in name)
-    return Rule(key, value, name, keep, simple and bool(name))
+    return Rule(key, "%s=%s" % (key, value), name, keep, simple and bool(name))
 
 
 def make_settings(config, words):
     """Settings from `config` (read_config's pairs) and then `words` [(key, value, where)]. Raises
     ConfigError with a line for each mistake: unknown name, value not allowed."""
     settings, mistakes, seen = Settings(), [], set()
-    ignore = {key: value for key, value, _ in config + words}.get("ignore_extra_keys")
+    ignore = str(dict(pair[:2] for pair in config + words).get("ignore_extra_keys"))
     for number, (key, value, where) in enumerate(config + words):
         in_file = number < len(config)
         try:
-            if in_file and str(ignore).lower() == "true" and key not in RULE_KEYS + tuple(KNOWN):
+            if in_file and ignore.lower() == "true" and key not in KEYS:
                 settings.notes.append("ignoring config key: %s" % key)
             elif key in RULE_KEYS and value is not None:
                 if value or key == "vm-export":
@@ -562,22 +544,17 @@ def make_settings(config, words):
                 seen.add(key)
         except ConfigError as error:
             mistakes.append(str(error))
+    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
+    if len(absent) in (1, 2):
+        mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
+    safe = settings.smtp_starttls or settings.smtp_port == 465
+    safe = safe or is_loopback(settings.smtp_server or "")
+    if settings.smtp_user and not (safe and settings.smtp_password_file):
+        mistakes.append("ERROR - smtp_user needs smtp_password_file, and smtp_starttls=True, or its"
+                        " password goes in clear")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    _check_mail(settings)
     return settings
-
-
-def _check_mail(settings):
-    absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
-    safe = settings.smtp_starttls or settings.smtp_port == 465
-    if settings.smtp_user and not safe and not is_loopback(settings.smtp_server or ""):
-        raise ConfigError("ERROR - smtp_user needs smtp_starttls=True, or its password goes in"
-                          " clear")
-    if settings.smtp_user and not settings.smtp_password_file:
-        raise ConfigError("ERROR - smtp_user needs smtp_password_file")
-    if len(absent) in (1, 2):
-        raise ConfigError("ERROR - for a mail %s must be set, too" % " and ".join(absent))
 
 
 def similar(word, names):
@@ -613,8 +590,7 @@ def _parse_setting(key, value, where):
     if value is None:
         raise ConfigError("ERROR - %s: no '=' in %s" % (where, key[:80]))
     if key not in KNOWN:
-        raise ConfigError("ERROR - %s: unknown setting %s, %s"
-                          % (where, key, allowed(key, list(KNOWN) + list(RULE_KEYS))))
+        raise ConfigError("ERROR - %s: unknown setting %s, %s" % (where, key, allowed(key, KEYS)))
     setting = KNOWN[key]
     if not value and (not setting.default or key == "status_log"):
         return None
@@ -652,18 +628,16 @@ def read_line(stream):
 def read_password_file(path, plain=False):
     """The password in a file made by create-password-file, or by `base64`, without one line break
     at its end; plain: or else the file's text. Raises ConfigError."""
+    data = b""
     try:
         data = read_small(path).strip()
-    except (OSError, BackupError) as error:
-        raise ConfigError("ERROR - cannot read %s" % describe(error)) from None
-    try:
         text = base64.b64decode(b"".join(data.split()) or b"-", validate=True).decode("utf-8")
         return re.sub(r"\r?\n\Z", "", text)
-    except ValueError:  # an empty file is none either
-        if plain:
+    except (OSError, ValueError):  # an empty file is none either
+        if plain and data:
             return data.decode("utf-8", "replace")
-        raise ConfigError("ERROR - %s is a file, but no password file: see create-password-file"
-                          % path) from None
+        raise ConfigError("ERROR - the file is no password file: create-password-file makes one (of"
+                          " a password that is also a file's name, too)") from None
 
 
 def read_password(word, literal=False):
@@ -674,12 +648,7 @@ def read_password(word, literal=False):
             raise ConfigError("ERROR - no password was given on standard input")
         word = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
     elif os.path.isfile(native(word)) and not literal:
-        try:
-            return read_password_file(native(word))
-        except ConfigError:
-            raise ConfigError("ERROR - the first argument names a file, but no password file: make"
-                              " one with create-password-file (a password that is also the name of"
-                              " a file goes into one, or through -)") from None
+        return read_password_file(native(word))
     elif word.startswith(("/", "./", "~/")) and not literal:
         raise ConfigError("ERROR - there is no such password file (a password that begins so goes"
                           " into one by create-password-file, or through -)")
@@ -695,20 +664,10 @@ def credentials(settings, word):
     return ("root", "") if word == "local" else (settings.username, read_password(word))
 
 
-def make_hosts(settings, local):
-    """The Addresses of host=. Raises ConfigError where it does not go with the password."""
-    addresses = settings.host
-    if local and addresses == KNOWN["host"].parse("localhost"):
-        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
-    if any(local != (address.scheme == "unix") for address in addresses):
-        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
-    return addresses
-
-
 # ============================== selection ==============================
 
 # One VM to back up. `refs` has one entry if all is well, none if no VM bears the name.
-Choice = collections.namedtuple("Choice", "kind name refs keep rule")
+Choice = collections.namedtuple("Choice", "kind name refs keep")
 Selection = collections.namedtuple(
     "Selection", "choices excluded left unknown_excludes unmatched notes")
 
@@ -727,21 +686,20 @@ def select(rules, names, only=()):
         for name, rule in {**simple, **regex, **simple}.items():  # simple ones come first, and win
             if name not in owners:
                 owners[name] = rule
-                choices.append(Choice(kind, name, names.get(name, []), rule.keep, rule))
-    taken = [choice.name for choice in choices]
-    left = [name for name in every if name not in set(taken)]
-    lost = [rule for rule, hits in found if not hits]
+                choices.append(Choice(kind, name, names.get(name, []), rule.keep))
+    taken = {choice.name for choice in choices}
+    left = [name for name in every if name not in taken]
+    wanted = _match(only, sorted(taken))
     if only:
-        wanted = _match(only, taken)
         kept = {name for _, hits in wanted for name in hits}
         choices = [choice for choice in choices if choice.name in kept]
-        lost += [rule for rule, hits in wanted if not hits]
         if not choices:
             raise ConfigError("ERROR - none of the VMs that are chosen matches %s" % " or ".join(
-                "only=%s%s" % (rule.value, _hint(rule, taken)) for rule in only))
+                rule.text + _hint(rule, taken) for rule in only))
+    lost = [rule for rule, hits in found + wanted if not hits]
     return Selection(
-        choices, excluded, left, [rule.value for rule in lost if rule.key == "exclude"],
-        ["%s=%s%s" % (rule.key, rule.value, _hint(rule, every)) for rule in lost
+        choices, excluded, left, [rule.name for rule in lost if rule.key == "exclude"],
+        [rule.text + _hint(rule, every) for rule in lost
          if rule.key == "only" or (rule.key != "exclude" and not rule.simple)],
         _notes(found, owners, every))
 
@@ -754,14 +712,11 @@ def _match(rules, names):
         hits = [rule.name] if rule.name in there else []
         try:
             if not rule.simple:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    match = re.compile(rule.name).match
+                match = re.compile(rule.name).match
                 hits = [name for name in names if name == rule.name or match(name)]
         except (re.error, ValueError, OverflowError, RecursionError):
             if not hits:
-                mistakes.append("***ERROR - invalid regex: %s=%s%s" % (
-                    rule.key, rule.value, meant(rule.name)))
+                mistakes.append("***ERROR - invalid regex: %s%s" % (rule.text, meant(rule.name)))
         found.append((rule, hits))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -772,13 +727,12 @@ def _notes(found, owners, every):
     """Lines about rules that do something else than was perhaps meant."""
     notes, decided = [], {id(rule) for rule in owners.values()}
     for rule, hits in found:
-        text = "NOTE - %s=%s: " % rule[:2]
-        if not hits and (rule.simple or rule.key == "exclude") and _hint(rule, every):
-            notes.append(text + "no VM bears this name" + _hint(rule, every))
+        text, hint = "NOTE - %s: " % rule.text, "" if hits else _hint(rule, every)
+        if hint and (rule.simple or rule.key == "exclude"):
+            notes.append(text + "no VM bears this name" + hint)
         elif hits and id(rule) not in decided and rule.key != "exclude":
-            by = list(dict.fromkeys("%s=%s" % owners[name][:2] for name in hits))
-            more = " and %d more" % (len(by) - 3) if len(by) > 3 else ""
-            notes.append("%sall its VMs were taken by %s%s" % (text, ", ".join(by[:3]), more))
+            by = dict.fromkeys(owners[name].text for name in hits)
+            notes.append("%sall its VMs were taken by %s" % (text, ", ".join(by)))
         if rule.name in hits and not rule.simple:
             others = [name for name in hits if name != rule.name]
             notes.append("%sthe VM of just this name is meant; it is no simple name and may match"
@@ -832,8 +786,7 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of 
 FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
 AHEAD = 3600  # seconds by which clocks may differ
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
-PERIODS = (("daily", lambda date: date), ("weekly", lambda date: date.isocalendar()[:2]),
-           ("monthly", lambda date: (date.year, date.month)), ("yearly", lambda date: date.year))
+PERIODS = {"daily": "%Y-%m-%d", "weekly": "%G-%V", "monthly": "%Y-%m", "yearly": "%Y"}
 
 
 def folder_name(name):
@@ -887,16 +840,16 @@ def look_into(fd):
     """(name of its export, {path: SHA-256} of SHA256SUMS, whether its marker is this program's) of
     a backup's folder. 3.25 wrote no sums."""
     inside = [name for name in os.listdir(fd) if not STREWN.match(name)]
-    marks = [read_small(name, fd, 8, part=True) for name in MARKERS if name in inside]
+    marker, text = read_marker(fd)
     exports, sums = [name for name in inside if EXPORT.match(name)], {}
-    if not marks:
+    if not marker:
         raise ArchiveError("no marker in the folder: it is no backup")
     if UNFINISHED in inside:
         raise ArchiveError("%s stands beside the marker: a copy made during a run?" % UNFINISHED)
     if len(exports) != 1:
         raise ArchiveError("%d exports in the folder, one belongs there" % len(exports))
-    text = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
-    for line in filter(None, text.decode("utf-8", "surrogateescape").split("\n")):
+    listed = read_small("SHA256SUMS", fd) if "SHA256SUMS" in inside else b""
+    for line in filter(None, listed.decode("utf-8", "surrogateescape").split("\n")):
         match = re.match(r"(\\?)([0-9a-f]{64}) [ *]([^\0]+)\Z", line)
         if not match:
             raise ArchiveError("SHA256SUMS is damaged")
@@ -907,7 +860,7 @@ def look_into(fd):
     for path in list(sums):  # a file server may list names in another Unicode form
         if nfc(path) == nfc(exports[0]):
             sums[exports[0]] = sums.pop(path)
-    return exports[0], sums, b"created=" in marks
+    return exports[0], sums, text.startswith(b"created=")
 
 
 def scan(vm_fd, patterns, vm=None):
@@ -918,11 +871,10 @@ def scan(vm_fd, patterns, vm=None):
     for name in os.listdir(vm_fd):
         text, item = from_argv(name), Folder(name)
         moments = (parse_time(text, pattern) for pattern in patterns or [DEFAULT_PATTERN])
-        moment = next(filter(None, moments), None)
-        with contextlib.suppress(OSError, OverflowError, ValueError):
-            if moment:
-                then = moment.timestamp()
-                item = Folder(name, then, date=moment.date(), made=then)
+        for moment in filter(None, moments):
+            then = moment.timestamp()
+            item = Folder(name, then, date=moment.date(), made=then)
+            break
         ours = patterns is None or item.created is not None
         try:
             with opened(name, vm_fd) as fd:
@@ -936,39 +888,38 @@ def scan(vm_fd, patterns, vm=None):
 
 def _look(fd, item, vm):
     """The Folder `item`, of which the name alone is known, with what is in it."""
-    inside, created, made, date = os.listdir(fd), item.created, item.made, item.date
-    marker, text = read_marker(fd, inside)
-    told, cfg, size = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text), {}, 0
+    inside, cfg, size = os.listdir(fd), {}, 0
+    marker, text = read_marker(fd)
+    told = re.match(rb"created=([0-9]{1,11})\n(?:made=([0-9]{1,11})\n)?", text)
     if told:  # in UTC: right through changes of the clock and of the zone
-        created, made = float(told.group(1)), float(told.group(2) or told.group(1))
+        made = float(told.group(2) or told.group(1))
         day = datetime.date.fromtimestamp(made)
-        date = min(date or day, day)  # a second one of a day may bear the next day's name
-    other = [name for name in inside if not OWN_FILES.match(name) and not OWN_FOLDERS.match(name)]
-    exports = [name for name in other if EXPORT.match(name) and _may_lie(name, vm)]
-    export = min(exports, default=None)
+        item = item._replace(  # a second one of a day may bear the next day's name
+            created=float(told.group(1)), made=made, date=min(item.date or day, day))
+    export = min((name for name in inside if EXPORT.match(name) and _may_lie(name, vm)),
+                 default=None)
     with contextlib.suppress(OSError):
         there = os.stat(export or ".", dir_fd=fd, follow_symlinks=False)
         size = there.st_size if stat.S_ISREG(there.st_mode) else 0
-    with contextlib.suppress(OSError, BackupError):
+    with contextlib.suppress(OSError):
         cfg = read_cfg("vm.cfg", fd)
-    strewn = {name for name in other if STREWN.match(name) or STREWN.match(name + "/")}
-    foreign = [name for name in other if name not in strewn and not _may_lie(name, vm)]
-    begun = any(name.endswith(".partial") for name in inside if name not in strewn)
-    pinned = "keep" in inside
-    unfinished = not marker and not pinned and (begun or len(strewn) == len(inside))
-    return Folder(item.name, created, marker, unfinished, pinned, export, size,
-                  cfg.get("orig_uuid", ""), date, "", min(foreign, default=None),
-                  cfg.get("name_label", ""), made)
+    rest = [name for name in inside if not STREWN.match(name) and not STREWN.match(name + "/")]
+    foreign = [name for name in rest if not OWN_FOLDERS.match(name) and not _may_lie(name, vm)]
+    begun = not rest or any(name.endswith(".partial") for name in rest)
+    return item._replace(
+        marker=marker, unfinished=begun and not marker and "keep" not in inside,
+        pinned="keep" in inside, export=export, size=size, uuid=cfg.get("orig_uuid", ""),
+        foreign=min(foreign, default=None), label=cfg.get("name_label", ""))
 
 
-def read_marker(fd, inside):
-    """(name of a folder's marker or None, what it says). inside: what is in the folder. OSError
-    for one that cannot be read: such a folder is not known to be unfinished."""
-    for name in sorted(set(MARKERS).intersection(inside)):
+def read_marker(fd):
+    """(name of a folder's marker or None, what it says). OSError for one that cannot be read: such
+    a folder is not known to be unfinished."""
+    for name in MARKERS:
         try:
-            return name, read_small(name, fd, 4096, part=True)
-        except (OSError, BackupError) as error:
-            if getattr(error, "errno", errno.ENOENT) not in ABSENT:
+            return name, read_start(name, fd)
+        except OSError as error:
+            if error.errno not in ABSENT:
                 raise
     return None, b""
 
@@ -984,7 +935,7 @@ def backups(folders):
 
 def whole(folder):
     """Whether a Folder is a backup that has an export: no more than a look can tell."""
-    return bool(folder.marker and folder.created is not None and folder.export and folder.size > 0)
+    return bool(folder.marker and folder.created is not None and folder.size)
 
 
 def kept(folders, policy, newest=None, uuid="", pre_clean=False):
@@ -998,21 +949,16 @@ def kept(folders, policy, newest=None, uuid="", pre_clean=False):
     last = max(policy.last - bool(pre_clean), 1)
     for item in order[:last]:
         why[item.name].append("last %d" % last)
-    for rule, period in PERIODS:
-        found = {}
+    for rule, period in PERIODS.items():
+        found = collections.defaultdict(list)
         for item in order:
-            key = period(item.date)
-            if key in found:
-                hollow = whole(item) and not whole(found[key])  # the day's newest lost its export
-                found[key] = item if hollow else found[key]
-            elif len(found) < getattr(policy, rule):
-                found[key] = item
-        for item in found.values():
+            found[item.date.strftime(period)].append(item)
+        for items in list(found.values())[: getattr(policy, rule)]:
+            item = next(filter(whole, items), items[0])  # the newest may have lost its export
             why[item.name].append(rule)
     present, owners = uuid or next((item.uuid for item in order if item.uuid), ""), {}
-    for item in order:
-        if whole(item):
-            owners.setdefault(item.uuid or present, item)
+    for item in filter(whole, order):
+        owners.setdefault(item.uuid or present, item)
     for number, (owner, item) in enumerate(list(owners.items())[: max(policy.last, 1)]):
         why[item.name] += ["newest whole"] if owner == present or not number else []
         why[item.name] += ["another VM's"] if owner != present else []
@@ -1041,33 +987,26 @@ def nfc(name):
     return unicodedata.normalize("NFC", from_argv(name))  # a file server may give back another
 
 
-def _walk(fd, vm, foreign, above=""):
-    """[(name, the same list of what is in it: None for a file)]; the paths of what is not ours go
-    into `foreign`. Links, devices, other file systems and deep nests never are."""
+def judge(fd, vm, above=""):
+    """[(name, the same list of what is in it: None for a file)] of a backup's folder. Raises
+    BackupError if it must not be deleted: pinned, or not all is ours, as links, devices, other file
+    systems and deep nests never are; OSError. vm: name of the VM's folder on disk."""
     found, device = [], os.fstat(fd).st_dev
     for name in sorted(os.listdir(fd)):
-        path, there = above + name, os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if not stat.S_ISDIR(there.st_mode):
-            ours, inner = stat.S_ISREG(there.st_mode) and _may_lie(path, vm), None
-        else:
-            ours, inner = OWN_FOLDERS.match(path) or STREWN.match(path + "/"), []
-            ours = ours and there.st_dev == device and path.count("/") < DEEPEST
-            if ours:
-                with opened(name, fd) as inside:
-                    inner = _walk(inside, vm, foreign, path + "/")
+        path, there, inner = above + name, os.stat(name, dir_fd=fd, follow_symlinks=False), None
+        folder = stat.S_ISDIR(there.st_mode)
+        ours = stat.S_ISREG(there.st_mode) and _may_lie(path, vm)
+        if folder and there.st_dev == device and path.count("/") < DEEPEST:
+            ours = OWN_FOLDERS.match(path) or STREWN.match(path + "/")
         if not ours:
-            foreign.append(path)
+            raise BackupError("it holds %s, which is not ours" % path)
+        if path == "keep":
+            raise BackupError("its file `keep` pins it")
+        if folder:
+            with opened(name, fd) as inside:
+                inner = judge(inside, vm, path + "/")
         found.append((name, inner))
     return found
-
-
-def judge(fd, vm):
-    """(what is in a backup's folder, why it must not be deleted or ""). vm: name of the VM's folder
-    on disk. Foreign is what no version of this program wrote and nobody strewed. Raises OSError."""
-    foreign = []
-    tree = _walk(fd, vm, foreign)
-    why = "its file `keep` pins it" if ("keep", None) in tree else ""
-    return tree, "it holds %s, which is not ours" % foreign[0] if foreign else why
 
 
 def remove_folder(vm_fd, name, vm):
@@ -1075,37 +1014,31 @@ def remove_folder(vm_fd, name, vm):
     judged. Raises BackupError, with nothing changed, if it is a link, pinned, or anything foreign
     is in it."""
     try:
-        fd = open_folder(name, vm_fd)
+        with opened(name, vm_fd) as fd:
+            _empty(fd, judge(fd, vm))
     except NotADirectoryError:
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
-    try:
-        tree, why = judge(fd, vm)
-        if why:
-            raise BackupError("%s is left alone: %s" % (name, why))
-        _empty(fd, tree)
-    finally:
-        os.close(fd)
+    except BackupError as error:
+        raise BackupError("%s is left alone: %s" % (name, error)) from None
     os.rmdir(name, dir_fd=vm_fd)
 
 
 def _empty(fd, tree):
-    """Deletes what _walk found. The marker becomes UNFINISHED first, which goes last: a deletion
+    """Deletes what judge() found. The marker becomes UNFINISHED first, which goes last: a deletion
     that is cut short leaves what the next run knows as unfinished, never as a backup. The export
     goes first of the rest; where that fails, the marker comes back and nothing is lost."""
     markers = [marker for marker in MARKERS if (marker, None) in tree]
     for marker in reversed(markers):
         os.rename(marker, UNFINISHED, src_dir_fd=fd, dst_dir_fd=fd)
-    if markers:
-        with contextlib.suppress(OSError):  # some file systems flush no folders
-            os.fsync(fd)
+    with contextlib.suppress(OSError):  # some file systems flush no folders
+        os.fsync(fd)
     try:
-        _delete(fd, [item for item in tree if EXPORT.match(item[0])])
+        _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
+            item[0] == UNFINISHED, item[0].endswith(".partial"), not EXPORT.match(item[0]))))
     except OSError:
-        if markers:
+        if markers and any(map(EXPORT.match, os.listdir(fd))):
             os.rename(UNFINISHED, markers[0], src_dir_fd=fd, dst_dir_fd=fd)
         raise
-    _delete(fd, sorted(tree + [(UNFINISHED, None)], key=lambda item: (
-        item[0] == UNFINISHED, item[0].endswith(".partial"))))
 
 
 def _delete(fd, tree):
@@ -1134,16 +1067,12 @@ class Reader:
     """Takes pieces apart into just so many bytes. at: bytes taken; where: the place, in words."""
 
     def __init__(self, pieces, where):
-        self._pieces, self._left = iter(pieces), memoryview(b"")
+        self._pieces, self._left = filter(len, pieces), b""
         self.where, self.at = where, 0
 
     def some(self, most):
         """A view of the next bytes, at most so many, valid until the next; at the end b""."""
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                break
-            self._left = piece
+        self._left = self._left or next(self._pieces, b"")
         view, self._left = self._left[:most], self._left[most:]
         self.at += len(view)
         return view
@@ -1154,7 +1083,7 @@ class Reader:
         while self.at < end:
             view = self.some(end - self.at)
             if not view:
-                raise ArchiveError("it is cut off at " + self.where)
+                raise ArchiveError("it is cut off at %s (byte %d)" % (self.where, self.at))
             yield view
 
     def take(self, size):
@@ -1167,6 +1096,13 @@ class Reader:
         for _ in self.stream(size):
             pass
 
+    def end(self, most=0):
+        """Reads on to the end of the pieces: at most so many bytes more, all of them zeros."""
+        last = self.at + most
+        for view in iter(lambda: self.some(MIB), b""):
+            if self.at > last or bytes(view).strip(b"\0"):
+                raise ArchiveError("data after the end, or more than %s of zeros" % size_text(most))
+
 
 # --- XVA ---
 
@@ -1178,67 +1114,63 @@ def find_xxh64():
         from xxhash import xxh64_hexdigest
 
         return xxh64_hexdigest
-    try:
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         xxh64 = ctypes.CDLL("libxxhash.so.0").XXH64
-    except (ImportError, OSError, AttributeError):
-        return None
-    xxh64.restype = ctypes.c_ulonglong
-
-    def digest(data):
-        view = (ctypes.c_char * len(data)).from_buffer(data)
-        return "%016x" % xxh64(view, ctypes.c_size_t(len(data)), ctypes.c_ulonglong(0))
-
-    return digest
+        xxh64.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
+        xxh64.restype = ctypes.c_ulonglong
+        return lambda data: "%016x" % xxh64(
+            (ctypes.c_char * len(data)).from_buffer(data), len(data), 0)
+    return None
 
 
-# A disk in an ova.xml: virtual_size in bytes, label as list_disks() makes it, the VDI's name.
+# A disk in an ova.xml: virtual_size in bytes, label as label_disks() makes it, the VDI's name.
 OvaDisk = collections.namedtuple("OvaDisk", "size label name")
 
 
-def parse_ova(data):
-    """(version, {class: {id: record}}) of an ova.xml: one XML-RPC value, with a prolog or without.
-    Raises ArchiveError."""
+def label_disks(vbds):
+    """[(label, VBD record)] of those that are no CDs, by userdevice."""
+    found = {}
+    for vbd in sorted(vbds, key=lambda vbd: vbd["userdevice"].zfill(4)):
+        if vbd["type"] != "CD":
+            label = vbd.get("device") or vbd["userdevice"]
+            label += "-" + vbd["userdevice"] if label in found else ""  # a device may be stale
+            found[label] = vbd
+    return found.items()
+
+
+def parse_ova(data, uuids=()):
+    """(version, {class: {id: record}}, {id: OvaDisk} of the disks that the export has to hold) of
+    an ova.xml: one XML-RPC value, with a prolog or without. Raises ArchiveError, too if it lacks a
+    VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in an export
+    (export.ml)."""
     import xmlrpc.client
 
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ArchiveError("ova.xml is not XAPI's")
     data = b"<params><param>%s</param></params>" % re.sub(rb"^\s*<\?xml[^>]*>", b"", data)
-    by_class = collections.defaultdict(dict)
+    found, disks = collections.defaultdict(dict), {}
     try:
         value: Any = xmlrpc.client.loads(data)[0][0]
+        version = value.get("version")
         for item in value["objects"]:
-            by_class[item["class"]][item["id"]] = item["snapshot"]
-        return value.get("version"), by_class
-    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
-        raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
-
-
-def expected_disks(data, uuids=()):
-    """{id: OvaDisk} of the disks that an export with this ova.xml has to hold. Raises ArchiveError
-    if it lacks a VDI of `uuids`: one that was destroyed since the snapshot leaves no other trace in
-    an export (export.ml)."""
-    found, by_class = {}, parse_ova(data)[1]
-    try:
-        vbds = sorted(by_class["VBD"].values(), key=lambda vbd: vbd["userdevice"].zfill(4))
-        disks = [(vm.get("suspend_VDI"), "suspend", "") for vm in by_class["VM"].values()]
-        disks += [(vbd["VDI"], vbd.get("device") or vbd["userdevice"], "-" + vbd["userdevice"])
-                  for vbd in vbds if vbd["type"] != "CD"]
-        for ref, label, more in disks:
-            vdi = by_class["VDI"].get(ref, {})
-            sr = by_class["SR"].get(vdi.get("SR"), {})
-            if vdi and ref not in found and sr.get("content_type") != "iso":
-                label += more if label in [disk.label for disk in found.values()] else ""
-                found[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
-        absent = set(uuids) - {vdi.get("uuid") for vdi in by_class["VDI"].values()}
-        if not all(0 <= disk.size < 1 << 62 for disk in found.values()):
+            found[item["class"]][item["id"]] = item["snapshot"]
+        labels = [("suspend", vm.get("suspend_VDI")) for vm in found["VM"].values()]
+        labels += [(label, vbd["VDI"]) for label, vbd in label_disks(found["VBD"].values())]
+        for label, ref in labels:
+            vdi = found["VDI"].get(ref, {})
+            sr = found["SR"].get(vdi.get("SR"), {})
+            if vdi and ref not in disks and sr.get("content_type") != "iso":
+                disks[ref] = OvaDisk(int(vdi["virtual_size"]), label, vdi.get("name_label"))
+        absent = set(uuids) - {vdi.get("uuid") for vdi in found["VDI"].values()}
+        if not all(0 <= disk.size < 1 << 62 for disk in disks.values()):
             raise ValueError("no disk has such a size")
-    except Exception as error:  # hostile records are of any shape
+    except Exception as error:  # hostile bytes make the unmarshaller raise nearly anything
         raise ArchiveError("ova.xml cannot be read: %s" % describe(error)) from None
     if absent:
         raise ArchiveError("a disk of the snapshot is not in it: VDI %s" % min(absent))
-    return found
+    return version, found, disks
 
 
 def read_member(reader, block):
@@ -1257,34 +1189,41 @@ def read_member(reader, block):
     return name, size
 
 
-def read_headers(reader):
-    """(disk's id, number, name, bytes) of each chunk, up to the end: (None, 0, "", 0)."""
+def take_ova(reader):
+    """The bytes of ova.xml, an export's first member."""
+    name, size = read_member(reader, reader.take(512))
+    if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
+        raise ArchiveError("the archive does not begin with ova.xml")
+    data = reader.take(size)
+    reader.skip(-size % 512)
+    return data
+
+
+def read_chunks(reader):
+    """(disk's id, number, name, bytes, whether its hash proved it) of each chunk, which the member
+    with its hash follows, up to the end: (None, 0, "", b"", True)."""
+    hashes = {".xxhash": find_xxh64(),  # or None
+              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
     block = reader.take(512)
     while block.strip(b"\0"):
         name, size = read_member(reader, block)
         match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
         if not match or size > 64 * MIB:
             raise ArchiveError("unexpected member %r" % name)
-        yield match.group(1), int(match.group(2)), name, size
+        data = reader.take(size)
+        reader.skip(-size % 512)
+        member, length = read_member(reader, reader.take(512))
+        kind = member[len(name):]
+        if name + kind != member or kind not in hashes or not 0 < length <= 64:
+            raise ArchiveError("the hash of chunk %s is missing" % name)
+        told = reader.take(512)[:length].decode("ascii", "replace").lower()
+        if hashes[kind] and hashes[kind](data) != told:
+            raise ArchiveError("chunk %s does not match its hash" % name)
+        yield match.group(1), int(match.group(2)), name, data, bool(hashes[kind])
         block = reader.take(512)
     if reader.take(512).strip(b"\0"):
         raise ArchiveError("one zero block only before more data")
-    yield None, 0, "", 0
-
-
-def read_chunk(reader, name, size, hashes):
-    """(bytes, whether they were proved) of a chunk, from behind its header, and of the member after
-    it that holds its hash. hashes: {ending of that one's name: function, or None}."""
-    data = reader.take(size)
-    reader.skip(-size % 512)
-    member, length = read_member(reader, reader.take(512))
-    kind = member[len(name):]
-    if name + kind != member or kind not in hashes or not 0 < length <= 64:
-        raise ArchiveError("the hash of chunk %s is missing" % name)
-    told = reader.take(512)[:length].decode("ascii", "replace").lower()
-    if hashes[kind] and hashes[kind](data) != told:
-        raise ArchiveError("chunk %s does not match its hash" % name)
-    return data, bool(hashes[kind])
+    yield None, 0, "", b"", True
 
 
 def prove_xva(pieces, uuids=(), sink=None):
@@ -1298,18 +1237,13 @@ def prove_xva(pieces, uuids=(), sink=None):
     the last disk of an archive survives: recv_all_vdi reads no further than that is filled.
     """
     reader = Reader(pieces, "the very beginning")
-    hashes = {".xxhash": find_xxh64(),
-              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
-    name, size = read_member(reader, reader.take(512))
-    if name != "ova.xml" or not 0 < size <= METADATA_LIMIT:
-        raise ArchiveError("the archive does not begin with ova.xml")
-    data = reader.take(size)
-    reader.skip(-size % 512)
-    disks = expected_disks(data, uuids)
+    data = take_ova(reader)
+    disks = parse_ova(data, uuids)[2]
     if sink:
         sink("ova.xml", 0, data)
-    disk, want, offset, last, unit, twice, done, proofs = "", 0, 0, -1, None, False, [], []
-    for ref, number, name, size in read_headers(reader):
+    disk, want, offset, last, unit, twice, done = "", 0, 0, -1, None, False, []
+    proved = collections.Counter()  # chunks, by whether their hash did it
+    for ref, number, name, chunk, hashed in read_chunks(reader):
         if ref != disk:
             if offset != want:
                 raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
@@ -1322,30 +1256,25 @@ def prove_xva(pieces, uuids=(), sink=None):
                 raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
             disk, want, offset, last = ref, disks[ref].size, 0, -1
             done.append(ref)
-        again = number == last == 0 and size == offset == want and not twice
-        twice = twice or again
-        if not again:
-            unit = size if unit is None else unit
-            offset += unit * (number - last - 1) + size
-            if number <= last or offset > want:
-                raise ArchiveError("chunk %s is out of order" % name)
-            last = number
-        data, proved = read_chunk(reader, name, size, hashes)
-        proofs.append(proved)
-        if sink and not again:
-            sink(disk, offset - size, data)
+        size = len(chunk)
+        proved[hashed] += 1
+        if number == last == 0 and size == offset == want and not twice:
+            twice = True
+            continue
+        unit = size if unit is None else unit
+        offset += unit * (number - last - 1) + size
+        if number <= last or offset > want:
+            raise ArchiveError("chunk %s is out of order" % name)
+        last = number
+        if sink:
+            sink(disk, offset - size, chunk)
     missing = [ref for ref, item in disks.items() if item.size and ref not in done]
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
-    end = reader.at
-    for view in iter(lambda: reader.some(MIB), b""):
-        if bytes(view).strip(b"\0"):
-            raise ArchiveError("data after the end of the archive")
-        if reader.at - end > MIB:
-            raise ArchiveError("more than 1 MiB of zeros after the end of the archive")
-    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proofs.count(False)
-    return ["archive (%d disks, %d chunks)" % (len(disks), len(proofs)),
-            "chunk hashes" if all(proofs) else told]
+    reader.end(MIB)
+    told = "NOT %d chunk hashes (install libxxhash or python3-xxhash)" % proved[False]
+    return ["archive (%d disks, %d chunks)" % (len(disks), sum(proved.values())),
+            told if proved[False] else "chunk hashes"]
 
 
 # --- single disks, and the pool's database ---
@@ -1353,17 +1282,14 @@ def prove_xva(pieces, uuids=(), sink=None):
 
 def prove_raw(pieces, size):
     """Proves a raw disk whole: `size` bytes, then at most ROUNDING zeros. size None: unknown."""
-    seen = 0
-    for piece in pieces:
-        more = piece[max(size - seen, 0):] if size is not None else b""
-        seen += len(piece)
-        if len(more) and (seen > size + ROUNDING or bytes(more).strip(b"\0")):
-            raise ArchiveError("more than the disk's %d bytes arrived" % size)
     if size is None:
+        for _ in pieces:
+            pass
         return ["NOT its size (nothing here tells it)"]
-    if seen < size:
-        raise ArchiveError("%d of %d bytes arrived" % (seen, size))
-    return ["size (%d bytes)" % seen]
+    reader = Reader(pieces, "the disk's %d bytes" % size)
+    reader.skip(size)
+    reader.end(ROUNDING)
+    return ["size (%d bytes)" % size]
 
 
 def prove_vhd(pieces, size=None):
@@ -1406,8 +1332,7 @@ def prove_vhd(pieces, size=None):
     reader.skip(end - reader.at)
     if reader.take(512) != footer:
         raise ArchiveError("no footer at byte %d, where the VHD's table has its end" % end)
-    if reader.some(1):
-        raise ArchiveError("data after the VHD's last footer")
+    reader.end()
     return ["VHD (footers, header, %d blocks)" % len(blocks)]
 
 
@@ -1418,23 +1343,22 @@ def dump_tables(pieces):
     sends one without tables (pool_db_backup.ml)."""
     from xml.parsers import expat
 
-    path, schema, seen = [], {}, 0
+    schema, seen, rows = {}, 0, None
     tables = collections.defaultdict(collections.Counter)  # of each one's rows, by their fields
     parser = expat.ParserCreate("utf-8")
 
     def begin(name, attributes, *doctype):
-        if doctype or len(path) > 9 or len(tables) + len(schema) > 9999:
+        nonlocal rows
+        if doctype or len(tables) + len(schema) > 9999:
             raise ArchiveError("the dump is not XAPI's")
-        path.append(attributes.get("name", "") if name == "table" else name)
-        if name == "row" and len(path) == 3:
-            tables[path[1]][frozenset(attributes)] += 1
-        elif name == "table":
-            tables[path[-1]].update()
+        if name == "table":
+            rows = tables[attributes.get("name")]
+        elif name == "row" and rows is not None:
+            rows[frozenset(attributes)] += 1
         elif name == "pair":
             schema[attributes.get("key")] = attributes.get("value")
 
     parser.StartElementHandler = parser.StartDoctypeDeclHandler = begin
-    parser.EndElementHandler = lambda _name: path.pop()
     try:
         for piece in pieces:
             seen += len(piece)
@@ -1446,9 +1370,9 @@ def dump_tables(pieces):
         raise ArchiveError("the dump is damaged or lacks </database>: %s" % error) from None
     if not tables.get("VM"):
         raise ArchiveError("the dump lists no VM: is a rolling pool upgrade under way?")
-    for table, rows in tables.items():  # the cut made one row of two
-        usual = max(rows, key=rows.get, default=frozenset())
-        if rows[usual] > 1 and any(rows[odd] == 1 and odd < usual for odd in rows):
+    for table, counts in tables.items():  # the cut made one row of two
+        usual = max(counts, key=counts.get, default=frozenset())
+        if counts[usual] > 1 and any(counts[odd] == 1 and odd < usual for odd in counts):
             raise ArchiveError("the dump is damaged in table %s" % table)
     version = "schema %s.%s" % (schema.get("schema_major_vsn"), schema.get("schema_minor_vsn"))
     return {version}.union(tables)
@@ -1484,30 +1408,23 @@ def gunzip(pieces):
         raise ArchiveError("the gzip stream is cut off")
 
 
-def has_zstd():
-    return shutil.which("zstd") is not None
-
-
 def unzstd(pieces):
     """The same for zstd, through the command `zstd`, which XAPI itself needs in dom0. A thread of
     its own reads the pieces; it and the child are gone when this generator is."""
     import subprocess
 
-    if not has_zstd():
+    zstd, buffer, pipe = shutil.which("zstd"), memoryview(bytearray(MIB)), subprocess.PIPE
+    if not zstd:
         raise BackupError("nothing here can decompress it: install the command zstd")
-    buffer = memoryview(bytearray(MIB))
 
     def feed():
         with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit status tells why
-            for piece in pieces:
-                child.stdin.write(piece)
+            child.stdin.writelines(pieces)
 
     child: Any
-    with subprocess.Popen(
-            [shutil.which("zstd"), "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: the child ends when its input does
-    ) as child, ThreadPoolExecutor(1) as thread:
+    with subprocess.Popen(  # a new session: Ctrl-C is for us, the child ends when its input does
+            [zstd, "-dcq"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
+            start_new_session=True) as child, ThreadPoolExecutor(1) as thread:
         try:
             feeder = thread.submit(feed)
             for count in iter(lambda: child.stdout.readinto(buffer), 0):
@@ -1793,8 +1710,14 @@ class Endpoint:
         return context
 
 
-def endpoints(settings, addresses):
-    """The Endpoints of these Addresses, which prove themselves as the settings tls_* say."""
+def endpoints(settings, local):
+    """The Endpoints of host=, which prove themselves as the settings tls_* say; local: the password
+    is that word. Raises ConfigError where the two do not go together."""
+    addresses = settings.host
+    if local and addresses == KNOWN["host"].parse("localhost"):
+        addresses = [Address("unix", "/var/lib/xcp/xapi", 0)]
+    if any(local != (address.scheme == "unix") for address in addresses):
+        raise ConfigError("ERROR - the password `local` and a socket path in host= go together")
     proof = settings.tls_fingerprint, settings.tls_ca, settings.tls_verify
     return [Endpoint(address, *proof) for address in addresses]
 
@@ -2562,7 +2485,7 @@ class Outcome:
             self.error, self.final = reason_of(error), getattr(error, "final", False)
             self.locked = isinstance(error, LockedError)
             self.status = "ERROR locked" if self.locked else self.status
-            debug(error, self.say)
+            debug(self.say)
         self.seconds += time.monotonic() - begin
 
 
@@ -2571,15 +2494,9 @@ class Outcome:
 
 def list_disks(vbds, vdis):
     """The Disks among VBD records (CDs and empty drives are none), by userdevice."""
-    found = []
-    for vbd in sorted(vbds, key=lambda vbd: vbd["userdevice"].zfill(4)):
-        vdi = vdis.get(vbd["VDI"])
-        if vbd["type"] == "Disk" and vdi:
-            label = vbd.get("device") or vbd["userdevice"]
-            if label in [disk.label for disk in found]:
-                label += "-" + vbd["userdevice"]  # a device name may be stale
-            found.append(Disk(label, vbd, vbd["VDI"], vdi, "[NOBAK]" in vdi["name_label"]))
-    return found
+    return [Disk(label, vbd, vbd["VDI"], vdis[vbd["VDI"]],
+                 "[NOBAK]" in vdis[vbd["VDI"]]["name_label"])
+            for label, vbd in label_disks(vbds) if vbd["VDI"] in vdis]
 
 
 def first_disk(disks):
@@ -3044,7 +2961,7 @@ def writer_of(vm_fd, name, own, now):
     A process of this machine lives or not; another machine's (or one of before a reboot) may do so
     while its file was touched in the last minutes.
     """
-    with contextlib.suppress(OSError, BackupError), opened(name, vm_fd) as fd:
+    with contextlib.suppress(OSError), opened(name, vm_fd) as fd:
         age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
         found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace"))
         if found:
@@ -3722,10 +3639,10 @@ def _preview_vm(run, choice, pool):
         for old in plan.doomed + begun:
             try:
                 with opened(old, vm_fd) as fd:
-                    why = judge(fd, name)[1]
-            except OSError as error:
+                    judge(fd, name)
+                why = old in begun and writer_of(vm_fd, old, new_token(), time.time())
+            except (OSError, BackupError) as error:
                 why = describe(error)
-            why = why or old in begun and writer_of(vm_fd, old, new_token(), time.time())
             warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
     told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), rules_text(plan.policy))
             ] if plan.doomed else []
@@ -4080,7 +3997,7 @@ def restore(places, options, log, watch):
         folder = os.path.join(settings.backup_dir, native(folder_name(places[2])))
         path = os.path.join(folder, native(options.get("backup", "")))
     check_packages()
-    hosts = endpoints(settings, make_hosts(settings, places[0] == "local"))
+    hosts = endpoints(settings, places[0] == "local")
     watch.rate = settings.rate_limit * 10**6
     xapi = Xapi(hosts, watch.pure(credentials, settings, places[0]), log, watch)
     if not settings.tls_verify:
@@ -4176,13 +4093,10 @@ def read_ova(source):
     """(version, {class: {id: record}}, {id: OvaDisk}) of an XVA's ova.xml. Raises ArchiveError."""
     unpack = {".gz": gunzip, ".zst": unzstd}.get(os.path.splitext(source.file_name)[1], iter)
     with contextlib.closing(unpack(ring(source.file.readinto))) as pieces:
-        reader = Reader(pieces, "the very beginning")
-        name, size = read_member(reader, reader.take(512))
-        data = reader.take(min(size, METADATA_LIMIT))
-    version, found = parse_ova(data)
-    if name != "ova.xml" or len(found["VM"]) != 1:
+        ova = parse_ova(take_ova(Reader(pieces, "the very beginning")))
+    if len(ova[1]["VM"]) != 1:
         raise ArchiveError("the archive does not hold just one VM")
-    return version, found, expected_disks(data)
+    return ova
 
 
 def held_back(source):
@@ -4536,7 +4450,7 @@ def take_stock(word, watch):
                 if error.errno not in ABSENT and name != "lost+found":
                     shelves.append(Shelf(vm_name(name), name, [], describe(error)))
         shelves = [item for item in shelves if item.found or item.error]
-        if not shelves and not settings and read_marker(fd, os.listdir(fd))[0]:
+        if not shelves and not settings and read_marker(fd)[0]:
             with opened(above) as vm_fd:
                 single = _shelf(vm_fd, os.path.basename(above), patterns)
             return top, None, [single._replace(
@@ -4801,7 +4715,7 @@ def check_metadata(fd, export, sums):
     disks, there = {}, sum(path.startswith("DISK-") and path.endswith("/vdi.cfg")
                            and path[:-7] + "vbd.cfg" in texts for path in texts)
     with contextlib.suppress(ArchiveError, KeyError):  # no ova.xml, but it is what was written
-        disks = expected_disks(texts["vm-metadata.xml"])
+        disks = parse_ova(texts["vm-metadata.xml"])[2]
     wanted = sum(disk.label != "suspend" and "[NOBAK]" not in disk.name for disk in disks.values())
     if there < wanted:  # not by label: a VM that is started meanwhile gets others
         raise ArchiveError("of %d folders DISK-* %d are missing" % (wanted, wanted - there))
@@ -4866,7 +4780,7 @@ class Images:
 
     def __call__(self, ref, offset, data):
         if ref == "ova.xml":
-            self._create(expected_disks(data))
+            self._create(parse_ova(data)[2])
         elif ref in self.files:
             view = memoryview(data)
             for start in range(0, len(view), GRAIN):
@@ -5373,7 +5287,7 @@ def log_error(error, log):
     """Logs what went wrong, a line for each cause."""
     for line in reason_of(error).split("\n"):
         log(line if "ERROR" in line else "ERROR - " + line)
-    debug(error, log)
+    debug(log)
 
 
 def dispatch(words, log, watch):
@@ -5493,7 +5407,7 @@ def backup_command(places, options, log, watch):
     try:
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        hosts = endpoints(settings, make_hosts(settings, word == "local"))
+        hosts = endpoints(settings, word == "local")
         run.host = ", ".join(map(str, hosts))
         check_packages()
         watch.do(check_paths, settings)
@@ -5564,7 +5478,7 @@ def check_outputs(settings, word, log):
                 raise BackupError("this file serves for something else")
             if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
                 raise BackupError("give a file in a folder that exists")
-            if os.path.exists(path) and not re.match(begin, read_small(path, limit=99, part=True)):
+            if os.path.exists(path) and not re.match(begin, read_start(path)):
                 raise BackupError("what it holds is none of this program's")
         except (OSError, BackupError) as error:
             mistakes.append("ERROR - %s=%s: %s" % (key, path, describe(error)))
@@ -5591,13 +5505,13 @@ def check_paths(settings):
         file = getattr(settings, key)
         try:
             if file:
-                read_small(file, part=True)  # a pipe would be waited for
+                read_start(file)  # a pipe would be waited for
             if file and key.endswith("_ca"):
                 ssl.create_default_context(cafile=file)
         except (OSError, BackupError) as error:
             raise ConfigError("ERROR - %s=%s cannot be used: %s" % (
                 key, file, describe(error))) from None
-    if settings.compress == "zstd" and not has_zstd():
+    if settings.compress == "zstd" and not shutil.which("zstd"):
         raise ConfigError("ERROR - compress=zstd: the command zstd is not here, so that no export"
                           " could be proved: install it, or set compress=gzip")
 
@@ -5606,6 +5520,7 @@ def main(argv=None) -> int:
     """Runs the program with these arguments (default: sys.argv's); returns the exit status."""
     os.umask(0o077)
     words = [from_argv(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    warnings.simplefilter("ignore")  # of users' patterns
     watch = Watch()
     watch.install()
     log = Log(watch)

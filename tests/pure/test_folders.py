@@ -45,8 +45,11 @@ def remove(top, name, vm="web"):
 
 def foreign(folder, vm="web"):
     with opened(str(folder)) as fd:
-        _, why = judge(fd, vm)
-    return why[len("it holds ") : -len(", which is not ours")] if "not ours" in why else None
+        try:
+            judge(fd, vm)
+        except BackupError as error:
+            return str(error)[len("it holds ") : -len(", which is not ours")]
+    return None
 
 
 # --- what is there ---

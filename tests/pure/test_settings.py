@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_only_is_for_the_command_line():
-    assert [rule.value for rule in made("vm-export=.*", words=["only=a", "only=b.*"]).only] == [
+    assert [rule.name for rule in made("vm-export=.*", words=["only=a", "only=b.*"]).only] == [
         "a", "b.*"]
     assert "unknown setting only" in mistake("only=a")
 
@@ -264,12 +264,12 @@ def test_what_is_written_in_quotes_is_read_back(values, end, bom, quote):
 
 # --- small files ---
 
-def test_small_files_are_read_whole_or_in_part(tmp_path):
+def test_small_files_are_read_whole_or_from_their_start(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     name = str(tmp_path / "a")
     assert program.read_small(name) == program.read_small(name, limit=5) == b"12345"
-    assert program.read_small(name, limit=2, part=True) == b"12"
-    with pytest.raises(program.BackupError, match="larger than 4 bytes"):
+    assert program.read_start(name, size=2) == b"12"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
         program.read_small(name, limit=4)
     with pytest.raises(FileNotFoundError):
         program.read_small(str(tmp_path / "none"))
@@ -281,7 +281,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
     if kind != "device":
         {"fifo": os.mkfifo, "folder": os.mkdir}[kind](path)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(program.BackupError, match="no regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         program.read_small(path)
     assert len(os.listdir("/proc/self/fd")) == before
 

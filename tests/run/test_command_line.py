@@ -281,8 +281,9 @@ def test_local_and_a_network_address_do_not_go_together(tmp_path):
 
 
 def test_a_mail_password_is_not_sent_in_clear(refused):
-    assert "smtp_starttls=True" in refused("pw", "web", "smtp_user=me", "smtp_server=mx.example",
-                                           "smtp_password_file=/pw")
+    mail = ("mail_to=a@b", "mail_from=c@d", "smtp_server=mx.example")
+    assert "smtp_starttls=True" in refused("pw", "web", "smtp_user=me", "smtp_password_file=/pw",
+                                           *mail)
 
 
 # --- config files ---
@@ -290,7 +291,8 @@ def test_a_mail_password_is_not_sent_in_clear(refused):
 @pytest.mark.parametrize("data, cause", [
     ("vm-export=Büro\n".encode("latin-1"), "is not UTF-8 text (byte 11)"),
     (b"vm-export=web\n\0\0\0", "binary"), (b"\x7fELF\x02\x01\0", "binary"),
-    ("vm-export=web\n".encode("utf-16"), "not"), (b"vm-export=web\n" * 80000, "over 1 MiB"),
+    ("vm-export=web\n".encode("utf-16"), "not"),
+    (b"vm-export=web\n" * 80000, "larger than 1.0 MiB"),
     (b"vm-export\n", "no '='"), (b"", "no VMs loaded"), (b"max_backups=3\n", "no VMs loaded"),
     (b"vm-export=web\nmax_backups\n", "line 2: no '='"),
     (b"vm-export=web\ncolour=red\n", "line 2: unknown setting colour, allowed are"),

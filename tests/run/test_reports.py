@@ -579,7 +579,7 @@ def test_a_status_log_that_nobody_wants_is_no_warning(turn):
     here.configure("vm-export=web")
     result = here.run()
     assert result.status == 3, result
-    assert result.has("is no regular file")
+    assert result.has(": no regular file")
 
 
 def test_a_reader_that_went_away_stops_no_backup(turn):
