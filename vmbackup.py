@@ -128,6 +128,7 @@ ADVICE = {
     "HOST_IS_SLAVE": "this host is not the pool master: set host= to the master",
     "HOST_STILL_BOOTING": "the host is starting or has lost its master: try again when it is up",
     "INTERNAL_ERROR": "XAPI failed inside: look at /var/log/xensource.log on the host",
+    "MESSAGE_METHOD_UNKNOWN": "this XAPI is too old for the call",
     "NO_HOSTS_AVAILABLE": "no live host sees all storage of this VM: an unplugged storage"
     " repository, or an ISO left in the drive? (xe vm-cd-eject)",
     "OPERATION_BLOCKED": "an administrator blocked this operation (blocked_operations of the VM)",
