@@ -128,9 +128,11 @@ ADVICE = {
     "HOST_IS_SLAVE": "this host is not the pool master: set host= to the master",
     "HOST_STILL_BOOTING": "the host is starting or has lost its master: try again when it is up",
     "INTERNAL_ERROR": "XAPI failed inside: look at /var/log/xensource.log on the host",
+    "LICENCE_RESTRICTION": "the pool's licence does not allow this",
     "MESSAGE_METHOD_UNKNOWN": "this XAPI is too old for the call",
     "NO_HOSTS_AVAILABLE": "no live host sees all storage of this VM: an unplugged storage"
     " repository, or an ISO left in the drive? (xe vm-cd-eject)",
+    "NOT_SUPPORTED_DURING_UPGRADE": "a rolling pool upgrade is under way: run again after it",
     "OPERATION_BLOCKED": "an administrator blocked this operation (blocked_operations of the VM)",
     "OTHER_OPERATION_IN_PROGRESS": "something else is working on this VM: see xe task-list",
     "RBAC_PERMISSION_DENIED": "the user lacks the role for this; root or pool-admin has it",

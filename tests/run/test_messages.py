@@ -18,7 +18,10 @@ CODES = {
     "HOST_IS_SLAVE": "master.*host=",
     "HOST_STILL_BOOTING": "starting.*try again",
     "INTERNAL_ERROR": "/var/log/xensource.log",
+    "LICENCE_RESTRICTION": "licence",
+    "MESSAGE_METHOD_UNKNOWN": "too old",
     "NO_HOSTS_AVAILABLE": "ISO.*xe vm-cd-eject",
+    "NOT_SUPPORTED_DURING_UPGRADE": "upgrade.*again after",
     "OPERATION_BLOCKED": "administrator.*blocked_operations",
     "OTHER_OPERATION_IN_PROGRESS": "xe task-list",
     "RBAC_PERMISSION_DENIED": "role.*pool-admin",
@@ -124,7 +127,8 @@ def test_what_the_hosts_own_checks_refuse(turn):
     assert not here.folders("NO_HOSTS_AVAILABLE", marked=False)
 
 
-@pytest.mark.parametrize("code", ["HOST_STILL_BOOTING", "RBAC_PERMISSION_DENIED", "INTERNAL_ERROR"])
+@pytest.mark.parametrize("code", ["HOST_STILL_BOOTING", "RBAC_PERMISSION_DENIED", "INTERNAL_ERROR",
+                                  "LICENCE_RESTRICTION", "NOT_SUPPORTED_DURING_UPGRADE"])
 def test_codes_at_the_login(turn, code):
     here = turn(pool_of_codes())
     here.configure("vm-export=.*")
