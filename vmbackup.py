@@ -2507,7 +2507,7 @@ def save(stream, name, dir_fd, prove):
 # ============================== snapshot, target, the plan ==============================
 #
 # A Plan says what will be done with one VM: pure, so preview prints it and the run carries it out.
-# Snapshot touches the pool alone, Target the disk alone. Snapshot.destroy is the one place that
+# Snapshot touches the pool alone, Target the disk alone. Snapshot._attempt is the one place that
 # destroys something on the pool in a backup; on disk it is remove_folder.
 
 # A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
@@ -2560,22 +2560,6 @@ class Outcome:
     def warn(self, text):
         self.warnings.append(text)
         self.say("WARNING %s" % text)
-
-    @contextlib.contextmanager
-    def recorded(self, watch):
-        """Takes the time of one attempt, and keeps its error instead of letting it out."""
-        begin, self.error, self.status = time.monotonic(), None, "ERROR"
-        self.attempts += 1
-        try:
-            yield
-        except (Exception, Interrupted) as error:
-            if isinstance(error, ConnectionLost) and watch.signum:  # it was the stop that broke it
-                error = Interrupted(watch.signum)
-            self.error, self.final = reason_of(error), getattr(error, "final", False)
-            self.locked = isinstance(error, LockedError)
-            self.status = "ERROR locked" if self.locked else self.status
-            debug(error, self.say)
-        self.seconds += time.monotonic() - begin
 
 
 # --- the plan ---
@@ -2653,13 +2637,12 @@ def left_out_texts(disks):
 def expected_size(disks, file, last):
     """Bytes that a backup will probably need: a raw disk's virtual size, else the size of the last
     backup of the same form (of those in `last`), else what the disks occupy on their storage."""
-    if last and not file.endswith(".raw"):
+    raw = file.endswith(".raw")
+    if last and not raw:
         return last[-1]
-    total = 0
-    for disk in disks:
-        size, used = int(disk.vdi["virtual_size"]), int(disk.vdi.get("physical_utilisation", 0))
-        total += min(size, used) if used > 0 and not file.endswith(".raw") else size
-    return total
+    sizes = [(int(disk.vdi["virtual_size"]), int(disk.vdi.get("physical_utilisation", 0)))
+             for disk in disks]
+    return sum(size if raw or used <= 0 else min(size, used) for size, used in sizes)
 
 
 def _no_snapshot(whole, vm, disks, srs):
@@ -2727,20 +2710,23 @@ class Snapshot:
         self._disk = None if self.of_vm else first_disk(plan.disks)
         self._source = self._sources[0 if self.of_vm else 1 + plan.disks.index(self._disk)]
         self._made = None  # the ref of a snapshot that this process proved to be its own
-        self._marked = self.of_vm  # so that the next run knows it: the name alone is enough
         self.ref, self.record, self.disks = None, None, []
 
-    def __enter__(self):
-        kind, plan = self._source.kind, self._plan
+    @contextlib.contextmanager
+    def taken(self):
+        """The snapshot is there while this lasts. A halted VM that the host lets nobody snapshot is
+        itself what is exported."""
+        kind, plan, outcome = self._source.kind, self._plan, self._outcome
         known = self._xapi.call(kind + ".get_snapshots", self._source.ref)
         self._sweep()
-        self._outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
+        outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
         try:
             self.ref = self._take()
             self.record = self._xapi.call(kind + ".get_record", self.ref)
             if not self._is_snapshot(self.record) or self.ref in known:
                 raise BackupError("the host named %s %s as the new snapshot, and it is none:"
                                   " nothing of it was changed" % (kind, self.record["uuid"]))
+            self._made = self.ref
         except (Exception, Interrupted) as error:
             # Of a disk only where the outcome is not known: its snapshot bears no mark yet.
             if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
@@ -2749,28 +2735,28 @@ class Snapshot:
                     plan.choice, plan.vm, plan.disks, error):
                 raise
             self.ref, self.record, self.disks = plan.ref, plan.vm, plan.disks
-            self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as"
-                               " it is, and a start waits until that has ended" % error.code)
-            return self
-        self._made = self.ref
+            outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
+                         " is, and a start waits until that has ended" % error.code)
         try:
-            self._watch.check()
-            self._make_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        self._outcome.say("snapshot %s taken" % self._source.name)
-        return self
+            if self._made:
+                self._watch.check()
+                self._make_ready()
+                outcome.say("snapshot %s taken" % self._source.name)
+            yield self
+        finally:
+            if self._made:
+                self._destroy(self._source, self._made, self.record)
+            else:
+                outcome.say("the export of the VM itself has ended: it can be started again")
 
     def stream(self, settings, activity):
         """The Stream of the export."""
-        if not self.of_vm:
-            query = {"vdi": self.ref, "format": settings.vdi_export_format}
-            return Stream(self._xapi, "/export_raw_vdi", query, activity)
-        query = {"ref": self.ref}
-        if settings.compress != "False":
-            query["use_compression"] = "zstd" if settings.compress == "zstd" else "true"
-        return Stream(self._xapi, "/export", query, activity)
+        path, query = "/export_raw_vdi", {"vdi": self.ref, "format": settings.vdi_export_format}
+        if self.of_vm:
+            path, query = "/export", {"ref": self.ref}
+            if settings.compress != "False":
+                query["use_compression"] = "zstd" if settings.compress == "zstd" else "true"
+        return Stream(self._xapi, path, query, activity)
 
     def prover(self, file):
         """What proves the export: the size of the disk, or the disks that have to be in it."""
@@ -2808,7 +2794,6 @@ class Snapshot:
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
             call(kind + ".remove_from_other_config", self.ref, OUR_KEY)
         call(kind + ".add_to_other_config", self.ref, OUR_KEY, "snapshot=" + record["uuid"])
-        self._marked = True
         if not self.of_vm:
             call("VDI.set_name_label", self.ref, self._source.name)
             self.disks = [self._disk]
@@ -2838,39 +2823,30 @@ class Snapshot:
 
     def _look_for_lost(self, known):
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
-        source = self._source
         try:
             found = patiently(self._watch, lambda: self._new_since(known))
+            for self._made, record in found.items():
+                self._destroy(self._source, self._made, record)
         except Exception as error:
+            command = "snapshot-list" if self.of_vm else "vdi-list"
             self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
-                               " for %s" % (error, "snapshot-list" if self.of_vm else "vdi-list",
-                                            source.name))
-            return
-        if len(found) > 1 and not self.of_vm:
-            uuids = ", ".join(record["uuid"] for record in found.values())
-            self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
-                               " they are left alone" % (self._disk.label, uuids))
-            return
-        for self._made, record in found.items():
-            self._destroy(source, self._made, record)
+                               " for %s" % (error, command, self._source.name))
         self._made = None
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
-        those with our name; of a disk, which bears no mark yet, those that no VM has."""
+        those with our name; of a disk, which bears no mark yet, the one that no VM has."""
         source, vm = self._source, self._xapi.call("VM.get_record", self._plan.ref)
         if not self.of_vm and vm["current_operations"]:  # it may get a VM's disks in a moment
             raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
         new = set(self._xapi.call(source.kind + ".get_snapshots", source.ref)).difference(known)
-        return {ref: record for ref, record in self._xapi.records(source.kind, new).items()
-                if self._is_snapshot(record)
-                and (record["name_label"] == source.name if self.of_vm else not record["VBDs"])}
-
-    def __exit__(self, *_error):
-        if self._made:
-            self._destroy(self._source, self._made, self.record)
-        elif self.ref == self._plan.ref and self.of_vm:
-            self._outcome.say("the export of the VM itself has ended: it can be started again")
+        found = {ref: record for ref, record in self._xapi.records(source.kind, new).items()
+                 if self._is_snapshot(record)
+                 and (record["name_label"] == source.name if self.of_vm else not record["VBDs"])}
+        if not self.of_vm and len(found) > 1:
+            raise Refused("%d of disk %s are new, and are left alone: VDI %s" % (
+                len(found), self._disk.label, ", ".join(vdi["uuid"] for vdi in found.values())))
+        return found
 
     def _destroy(self, source, ref, record):
         """Destroys one of our snapshots, however often it takes. A failure is a warning."""
@@ -2879,10 +2855,11 @@ class Snapshot:
             self._outcome.say("snapshot destroyed")
         except Exception as error:
             command = "snapshot-uninstall" if source.kind == "VM" else "vdi-destroy"
+            unmarked = ref == self._made and not self.of_vm and not self.disks
+            again = "" if unmarked else ", the next run tries again"
             self._outcome.warn(
-                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)" % (
-                    record["uuid"], "" if ref == self._made and not self._marked else
-                    ", the next run tries again", reason_of(error), command, record["uuid"]))
+                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)"
+                % (record["uuid"], again, reason_of(error), command, record["uuid"]))
 
     def _attempt(self, source, ref):
         """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
@@ -2900,8 +2877,8 @@ class Snapshot:
         if source.kind == "VM":
             own = self._xapi.records("VBD", record["VBDs"])
             vdis = [vbd["VDI"] for vbd in own.values() if vbd["type"] == "Disk"]
-            vdis.append(record.get("suspend_VDI", NULL))
-            for vdi_ref, vdi in self._xapi.records("VDI", vdis).items():
+            vdis = self._xapi.records("VDI", vdis + [record.get("suspend_VDI", NULL)])
+            for vdi_ref, vdi in vdis.items():
                 others = self._xapi.records("VBD", set(vdi["VBDs"]) - set(own))
                 users = self._xapi.records("VM", [vbd["VM"] for vbd in others.values()])
                 # dom0 reads a disk while it is exported, and lets go of it a little later.
@@ -2959,25 +2936,24 @@ class Lock:
         # The backup's lock of a VM called web.read must not be the readers' lock of web.
         name_there = re.sub(r"(\.read~*)\Z", r"\1~", name)
         self._top, self._file = top, native(".%s.%s" % (name_there, kind))
-        self.supported, ours = True, False
+        self.supported = True
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        while self.supported and not ours:
+        while True:
             self._fd = os.open(self._file, flags, 0o600, dir_fd=top)
             try:
                 fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                # The holder before may have removed the file between our open and our lock.
-                there = os.stat(self._file, dir_fd=top, follow_symlinks=False)
-                ours = os.path.samestat(os.fstat(self._fd), there)
-            except FileNotFoundError:
-                pass
             except (BlockingIOError, PermissionError):
                 holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
                 os.close(self._fd)
                 raise LockedError("another run holds the lock of %s: %s" % (name, holder)) from None
             except OSError:
                 self.supported = False
-            if self.supported and not ours:
-                os.close(self._fd)
+            # The holder before may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(self._file, dir_fd=top, follow_symlinks=False)
+                if os.path.samestat(os.fstat(self._fd), there):
+                    break
+            os.close(self._fd)
         told = "process %d on %s since %s\n" % (
             os.getpid(), short_host_name(), time.strftime("%Y-%m-%d %H:%M:%S"))
         with contextlib.suppress(OSError):  # no space: the lock holds all the same
@@ -3038,10 +3014,8 @@ def open_vm_folder(name, top):
     a file system may take a and A for the same, and list names in another Unicode form."""
     try:
         fd = open_folder(name, top)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise Refused("%s is a symbolic link or no folder: refused" % name) from None
-        raise
+    except NotADirectoryError:
+        raise Refused("%s is a symbolic link or no folder: refused" % name) from None
     with contextlib.suppress(OSError):  # FileNotFoundError where case counts
         twin = os.stat(name.swapcase(), dir_fd=top, follow_symlinks=False)
         folds = name.swapcase() != name and os.path.samestat(os.fstat(fd), twin)
@@ -3084,18 +3058,14 @@ class Target:
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay. Returns the
         Folders that are left."""
-        foreign, left = [], []
-        for item in scan(self._vm_fd, self._patterns, self._vm):
-            if item.unfinished and item.created is not None:
-                left += [] if self._clear_one(item.name) else [item]
-                continue
-            left.append(item)
-            if item.created is None or not item.marker:
-                foreign.append(item.name)
+        left = [item for item in scan(self._vm_fd, self._patterns, self._vm) if not (
+            item.unfinished and item.created is not None and self._clear_one(item.name))]
+        foreign = [item.name for item in left
+                   if item.created is None or not item.marker and not item.unfinished]
         if foreign:
-            more = " and %d more" % len(foreign[5:]) if foreign[5:] else ""
-            self._outcome.say("left alone, no backup of this program: %s%s" % (
-                ", ".join(foreign[:5]), more))
+            more = ["and %d more" % len(foreign[5:])] * bool(foreign[5:])
+            self._outcome.say("left alone, no backup of this program: %s"
+                              % ", ".join(foreign[:5] + more))
         return left
 
     def _clear_one(self, name):
@@ -3159,14 +3129,12 @@ class Target:
 
     def write(self, file, text):
         """Writes a small file of the backup, `NAME` or `FOLDER/NAME`, and keeps its SHA-256."""
-        folder, _, name = file.rpartition("/")
-        if folder:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(native(folder), 0o700, dir_fd=self.fd)
-        data = utf8(text)
-        with opened(native(folder or "."), self.fd) as fd:
-            os.close(new_file(name, fd, data))
-            if folder:  # that of the backup is flushed when it is published
+        folder, data = native(os.path.dirname(file) or "."), utf8(text)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700, dir_fd=self.fd)
+        with opened(folder, self.fd) as fd:
+            os.close(new_file(os.path.basename(file), fd, data))
+            if folder != ".":  # that of the backup is flushed when it is published
                 sync(fd)
         self.sums.append((file, hashlib.sha256(data).hexdigest()))
 
@@ -3195,24 +3163,17 @@ class Target:
             sync(fd)
         return path
 
-    def _discard(self):
-        """After a failure the unfinished folder goes, if it is still this run's: never a marked
-        one, and nothing that was there before."""
-        if not self._published and self.fd is not None:
-            marked = set(MARKERS).intersection(os.listdir(self.fd))
-            there = os.stat(self.name, dir_fd=self._vm_fd, follow_symlinks=False)
-            if not marked and os.path.samestat(there, os.fstat(self.fd)):
-                self._remove(self.name)
-
     def __exit__(self, *_error):
-        with self._open:
-            try:
-                self._discard()
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
-            self.fd = None
+        """After a failure the unfinished folder goes, if it is still this run's: never a marked
+        one, and nothing that was there before. Where nothing answers any more, the next run does
+        it."""
+        fd, self.fd = self.fd, None
+        with self._open, contextlib.suppress(OSError):
+            if fd is not None and not self._published:
+                marked = set(MARKERS).intersection(os.listdir(fd))
+                there = os.stat(self.name, dir_fd=self._vm_fd, follow_symlinks=False)
+                if not marked and os.path.samestat(there, os.fstat(fd)):
+                    self._remove(self.name)
         if self._made_vm and not self._published:
             with contextlib.suppress(OSError):  # an empty folder only
                 os.rmdir(self._vm, dir_fd=self._top)
@@ -3221,57 +3182,52 @@ class Target:
 # ============================== RESTORE.txt ==============================
 
 NOTE = """\
-This folder holds a backup of {what} {name} (uuid {uuid}),
-taken by vmbackup from the pool {pool} at the host {host}.
+This folder holds a backup of {what} {name} (uuid {plan.vm[uuid]}),
+taken by vmbackup from the pool {pool} at the host {run.host}.
 
-  export    {export}
+  export    {plan.file}
   memory    {memory}, {vcpus}
 {disks}{networks}  storage   {sr_name} (uuid {sr})
 
-If the host is gone, first:
-  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
-  2. Attach the storage, and create the networks under the names above: a restored VM finds them
-     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
-  3. Make sure that the backup is whole, in this folder:
+If the host is gone: a new one has to be of its version or newer, with the storage attached and
+networks of the names above, or XAPI makes some that lead nowhere. To see that the backup is whole:
+       cd {folder}
        sha256sum -c SHA256SUMS
 {caution}
-Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
-storage repository may be another one.
+HOST is the pool's master; the storage repository may be another one. What is typed in this folder:
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
        vmbackup.py restore - {folder} host={address} sr={sr}
 
 2. With xe, in a dom0 that sees this folder:
-       cd {folder}
 {xe}
 3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
    the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
-       cd {folder}
 {curl}
 Without any host, the disks as images:
 {images}"""
 WHOLE = ("""\
-  4. Never start the restored VM while the original runs: two machines of one name and address.
-     MAC addresses are new unless asked for (preserve=true).
+Never start the restored VM while the original runs: two machines of one name and address.
+MAC addresses are new unless asked for (preserve=true).
 """, """\
        xe vm-import filename={file} sr-uuid={sr}
      So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
        xe vm-param-set uuid=UUID name-label={vm}
 """, """\
-       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
+       curl --cacert CA --user root -T {file} 'https://{address}/import?sr_uuid={sr}'
 """, """\
        vmbackup.py extract {folder} to=.
 """)
 ONE_DISK = ("""\
-  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
-     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
+first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
 """, """\
        xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
      With the uuid that it prints in place of VDI, and that of the VM in place of VM:
        xe vdi-import uuid=VDI filename={file} format={form}
        xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
 """, """\
-       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
+       curl --cacert CA --user root -T {file} 'https://{address}/import_raw_vdi?vdi=VDI&format={form}'
      VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
 """, """\
        qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
@@ -3288,8 +3244,7 @@ def restore_note(run, plan, vm, disks, vifs, folder):
     address = "HOST" if run.host.startswith("/") else run.host  # the socket is dom0's own
     words = {
         "what": "the VM" if whole else "the first disk of the VM", "name": printable(name),
-        "uuid": plan.vm["uuid"], "pool": printable(run.pool), "host": run.host,
-        "address": address, "url": "https://" + address, "export": plan.file,
+        "pool": printable(run.pool), "address": address, "run": run, "plan": plan,
         "file": shlex.quote(plan.file), "folder": shlex.quote(from_argv(path)),
         "memory": size_text(int(vm.get("memory_dynamic_max") or 0)),
         "vcpus": plural(int(vm.get("VCPUs_max") or 0), "CPU"), "vm": shlex.quote(name),
@@ -3303,7 +3258,7 @@ def restore_note(run, plan, vm, disks, vifs, folder):
         "networks": "".join("  network   %s  %s, MAC %s\n" % (
             vif["device"], printable(vif["network_name_label"]), vif["MAC"]) for vif in vifs)}
     ways = zip(("caution", "xe", "curl", "images"), WHOLE if whole else ONE_DISK)
-    return NOTE.format(**dict(words, **{key: text.format(**words) for key, text in ways}))
+    return NOTE.format(**words, **{key: text.format(**words) for key, text in ways})
 
 
 # ============================== the backup of one VM ==============================
@@ -3339,7 +3294,7 @@ def back_up_vm(run, choice, xapi, outcome, activity):
         outcome.say("new backup folder %s" % os.path.join(
             settings.backup_dir, native(name), target.name))
         activity.doing = "snapshot"
-        with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
+        with Snapshot(xapi, run.watch, plan, outcome).taken() as snapshot:
             for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
                 target.write(file, text)
             outcome.status = "VM-EXPORT-FAIL" if snapshot.of_vm else "VDI-EXPORT-FAIL"
@@ -3354,7 +3309,7 @@ def back_up_vm(run, choice, xapi, outcome, activity):
         target.prune(plan.policy, vm["uuid"])
 
 
-def check_name(choice, meeting=()):
+def check_name(choice, meeting):
     """Raises Refused unless just one VM bears the name, and no other chosen one its folder."""
     several = len(choice.refs)
     if several != 1:
@@ -3362,7 +3317,7 @@ def check_name(choice, meeting=()):
                       else "no VM bears this name")
     if choice.name in meeting:
         raise Refused("its folder would be that of another chosen VM too (%s): rename one"
-                      % ", ".join(sorted(set(meeting[choice.name]) - {choice.name})))
+                      % ", ".join(sorted(meeting[choice.name] - {choice.name})))
 
 
 def look_up(xapi, choice, outcome):
@@ -3480,14 +3435,6 @@ def candidates(xapi, log):
             else:
                 found[ref] = vm
     return found
-
-
-def names_of(vms):
-    """{name: [ref, ...]} of the candidates."""
-    names = collections.defaultdict(list)
-    for ref, vm in vms.items():
-        names[vm["name_label"]].append(ref)
-    return dict(names)
 
 
 def tell_choice(settings, selection, log):
@@ -3651,10 +3598,15 @@ def _preview_vm(run, choice, pool):
     for vdi in [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref]]:
         if vdi and vdi["SR"] not in pool.plugged and choice.kind == "vm-export":
             raise XapiError(["NO_HOSTS_AVAILABLE", vdi["name_label"]])
-    gone = [re.sub("^backup-", "", old) for old in plan.doomed]
     return [str(sum(not disk.left_out for disk in disks)), size_text(plan.expected),
             "%d/%d" % (len(backups(folders)), len(plan.kept)),
-            plural(len(gone), "backup") if gone[1:] else "".join(gone) or "-"]
+            gone_text(plan.doomed) or "-"]
+
+
+def gone_text(folders):
+    """'2 backups', or just one's date."""
+    date = "".join(folders).replace("backup-", "")
+    return plural(len(folders), "backup") if folders[1:] else date
 
 
 # ============================== the run ==============================
@@ -3681,12 +3633,11 @@ def run_table(run):
         if item.error:  # nothing is as important as the reason: it takes the other columns, too
             rows.append([name, RESULTS[item.result], item.error])
             continue
-        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
-        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        gone = ["deleted " + gone_text(item.pruned)] if item.pruned else []
         rows.append([name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
                      time_text(item.seconds) if item.seconds else "",
                      rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
-                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))])
+                     "; ".join(item.warnings + item.notes + gone)])
     failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
     notes = ["%s left" % size_text(free)] if free is not None else []
     notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
@@ -3720,10 +3671,11 @@ class Run:
         new_xapi = functools.partial(Xapi, hosts, credentials, self.log, self.watch)
         xapi, watch = new_xapi(), self.watch
         try:
-            vms = watch.do(self._connect, xapi)
-            selection = watch.pure(select, self.settings.rules, names_of(vms), self.settings.only)
-            self.pool_vms = sorted(names_of(vms))
-            self.not_in_backup = selection.left
+            vms, names = watch.do(self._connect, xapi), {}
+            for ref, vm in vms.items():
+                names.setdefault(vm["name_label"], []).append(ref)
+            selection = watch.pure(select, self.settings.rules, names, self.settings.only)
+            self.pool_vms, self.not_in_backup = sorted(names), selection.left
             watch.do(self._prepare, selection)
             if preview:
                 return watch.do(preview_vms, self, xapi, vms, selection)
@@ -3806,8 +3758,19 @@ class Run:
         if not earlier and not stopped and outcome is not self.pool_database:
             self.status(outcome.kind, "begin", outcome.name)
         if not stopped:  # else nothing is begun, nor begun again
-            with outcome.recorded(self.watch), self.watch.activity(label) as activity:
-                work(xapi, outcome, activity)
+            begin, outcome.error, outcome.status = time.monotonic(), None, "ERROR"
+            outcome.attempts += 1
+            try:
+                with self.watch.activity(label) as activity:
+                    work(xapi, outcome, activity)
+            except (Exception, Interrupted) as error:
+                broken = isinstance(error, ConnectionLost) and self.watch.signum  # by the stop
+                outcome.error = reason_of(Interrupted(self.watch.signum) if broken else error)
+                outcome.final = getattr(error, "final", False)
+                outcome.locked = isinstance(error, LockedError)
+                outcome.status = "ERROR locked" if outcome.locked else outcome.status
+                debug(error, outcome.say)
+            outcome.seconds += time.monotonic() - begin
         outcome.skipped = not outcome.attempts
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
