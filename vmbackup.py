@@ -2923,7 +2923,7 @@ def disks_of(xapi, vm):
 # --- the disk ---
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager):
     """A lock in backup_dir, given as a descriptor: flock on .NAME.KIND, which the kernel lets go
     when the process dies, and which holds between the hosts of an NFS share. The file tells who
     has it, and goes at the end. supported is False where the file system has no locks.
@@ -2964,9 +2964,6 @@ class Lock:
         """The time of the file server's clock, in seconds since 1970."""
         os.utime(self._fd)
         return os.fstat(self._fd).st_mtime
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_error):
         with contextlib.suppress(OSError):
@@ -3058,8 +3055,10 @@ class Target:
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay. Returns the
         Folders that are left."""
-        left = [item for item in scan(self._vm_fd, self._patterns, self._vm) if not (
-            item.unfinished and item.created is not None and self._clear_one(item.name))]
+        left = scan(self._vm_fd, self._patterns, self._vm)
+        for item in left[:]:
+            if item.unfinished and item.created is not None and self._clear_one(item.name):
+                left.remove(item)
         foreign = [item.name for item in left
                    if item.created is None or not item.marker and not item.unfinished]
         if foreign:
@@ -3194,7 +3193,7 @@ networks of the names above, or XAPI makes some that lead nowhere. To see that t
        cd {folder}
        sha256sum -c SHA256SUMS
 {caution}
-HOST is the pool's master; the storage repository may be another one. What is typed in this folder:
+Then one of these, typed in this folder. HOST is the pool's master; any storage repository will do.
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
        vmbackup.py restore - {folder} host={address} sr={sr}
@@ -3421,7 +3420,7 @@ def fetch_ova(xapi, ref, activity):
 
 # ============================== choice and preview ==============================
 
-PROBE = ".vmbackup-probe-"  # in backup_dir, and a process number behind it
+PROBE = ".vmbackup-probe-%s-" % short_host_name()  # in backup_dir, and a process number behind it
 
 
 def candidates(xapi, log):
@@ -3507,7 +3506,7 @@ def try_out(settings, names):
 
 
 def remove_probes(backup_dir):
-    """Removes the probes of this process and of killed ones: nothing but empty folders."""
+    """Removes the probes of this process and of killed ones of this host: only empty folders."""
     with contextlib.suppress(OSError):
         for probe in os.listdir(backup_dir):
             pid, path = probe[len(PROBE) :], os.path.join(backup_dir, probe)
