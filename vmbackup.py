@@ -1476,6 +1476,7 @@ class Activity:
 
     def __init__(self, label):
         self.label, self.doing, self.expected = label, "", 0
+        self.touch = lambda: None  # tells other machines, each minute, that it is under way
         self.begin()
 
     def begin(self):
@@ -2339,10 +2340,20 @@ def fan_out(pieces, *consumers, abort=None):
     return [job.result() for job in jobs]
 
 
-def new_file(name, dir_fd):
-    """The descriptor of a new file of mode 0600. OSError if anything has that name."""
+def new_file(name, dir_fd, data=b""):
+    """The descriptor of a new file of mode 0600; `data` is in it and flushed to disk. OSError if
+    anything has that name."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(native(name), flags, 0o600, dir_fd=dir_fd)
+    fd = os.open(native(name), flags, 0o600, dir_fd=dir_fd)
+    try:
+        if data:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def write_all(name, dir_fd, pieces):
@@ -2421,7 +2432,7 @@ def save(stream, name, dir_fd, prove):
 # ============================== snapshot, target, the plan ==============================
 #
 # A Plan says what will be done with one VM: pure, so preview prints it and the run carries it out.
-# Snapshot touches the pool alone, Target the disk alone. Snapshot.destroy is the one place that
+# Snapshot touches the pool alone, Target the disk alone. Snapshot._attempt is the one place that
 # destroys something on the pool in a backup; on disk it is remove_folder.
 
 # A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
@@ -2436,7 +2447,7 @@ RECOVERY = 240  # seconds that cleaning up waits for a host whose toolstack rest
 RECOVERY_AT_STOP = 20  # the same once a stop was asked for
 TOUCH_EVERY = 60  # seconds after which a running backup touches its unfinished.partial
 ABANDONED_AFTER = 900  # seconds since the last touch after which another machine's is abandoned
-TOKEN = re.compile(r"([^,\s/]+),([^,\s/]+),([0-9]+),([0-9]+),([0-9a-f]{32})")
+TOKEN = re.compile(r"([^,\s/]+),([^,\s/]+),([0-9]+),([0-9]+),[0-9a-f]{32}")
 NAME_REFUSED = (errno.EINVAL, errno.EPROTO)  # how file servers refuse a name with a colon
 BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 UNKNOWN = ("CONNECTION_LOST", "TASK_TIMEOUT", "HANDLE_INVALID", "SESSION_INVALID")
@@ -2475,22 +2486,6 @@ class Outcome:
         self.warnings.append(text)
         self.say("WARNING %s" % text)
 
-    @contextlib.contextmanager
-    def recorded(self, watch):
-        """Takes the time of one attempt, and keeps its error instead of letting it out."""
-        begin, self.error, self.status = time.monotonic(), None, "ERROR"
-        self.attempts += 1
-        try:
-            yield
-        except (Exception, Interrupted) as error:
-            if isinstance(error, ConnectionLost) and watch.signum:  # it was the stop that broke it
-                error = Interrupted(watch.signum)
-            self.error, self.final = reason_of(error), getattr(error, "final", False)
-            self.locked = isinstance(error, LockedError)
-            self.status = "ERROR locked" if self.locked else self.status
-            debug(self.say)
-        self.seconds += time.monotonic() - begin
-
 
 # --- the plan ---
 
@@ -2504,50 +2499,53 @@ def list_disks(vbds, vdis):
 
 def first_disk(disks):
     """The disk that vdi-export takes: xvda, hda or sda, else userdevice 0 (a VM that never ran)."""
-    for device in ("xvda", "hda", "sda"):
-        for disk in disks:
-            if disk.vbd.get("device") == device:
-                return disk
-    return next((disk for disk in disks if disk.vbd["userdevice"] == "0"), None)
+    found = [disk for device in ("xvda", "hda", "sda")
+             for disk in disks if disk.vbd.get("device") == device]
+    return next(iter(found + [disk for disk in disks if disk.vbd["userdevice"] == "0"]), None)
 
 
-def plan_vm(settings, choice, vm, disks, folders, free=None, probe=None, srs=None):
+def plan_vm(settings, choice, vm, disks, srs, folders, free, refused):
     """The Plan for one VM. Pure.
 
-    vm, disks: its record and Disks. folders: the Folders in its folder. free: bytes that it may
-    take, None if that is not to be checked. probe: the error of a folder name that backup_dir
-    refuses. srs: {ref: record} of the storage repositories.
+    vm, disks: its record and Disks. srs: {ref: record} of the storage repositories. folders: the
+    Folders in its folder. free: bytes that it may take, None if that is not to be checked.
+    refused: the error of a folder name that backup_dir refuses, or None.
     """
+    whole, refusal, notes = choice.kind == "vm-export", None, []
     suffix = {"False": "xva", "zstd": "xva.zst"}.get(settings.compress, "xva.gz")
-    if choice.kind == "vdi-export":
-        suffix = settings.vdi_export_format
-    file, policy = "%s.%s" % (folder_name(choice.name), suffix), settings.policy(choice.keep)
+    file = "%s.%s" % (folder_name(choice.name), suffix if whole else settings.vdi_export_format)
+    policy = settings.policy(choice.keep)
+    taken = disks if whole else [disk for disk in [first_disk(disks)] if disk]
+    exported = [disk for disk in taken if not disk.left_out]
     last = [item.size for item in backups(folders) if item.export == native(file) and item.size]
-    expected = expected_size(choice.kind, settings, disks, last[-1] if last else None)
+    expected = expected_size(exported, file, last)
     new = Folder("the new one", float("inf"), "success", export=file, size=1, uuid=vm["uuid"],
                  date=datetime.date.today())
     stay = kept(folders + [new], policy, new.name, vm["uuid"])
     doomed = [item.name for item in backups(folders) if item.name not in stay]
-    notes = ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
+    notes += ["%s holds the newest backup of another VM of this name: delete it by hand once it is"
               " not needed" % name for name, why in stay.items() if why == ["another VM's"]]
-    plan = Plan(choice, choice.refs[0], vm, disks, srs or {}, file, policy, expected, stay, doomed,
-                notes, None)
-    refusal = _unnamed(choice, disks) or (("ERROR", probe) if probe else None)
-    told = None if refusal else _no_snapshot(choice, vm, disks, plan.srs)
-    if told and exports_as_it_is(plan, vm, told):
+    told = _no_snapshot(whole, vm, exported, srs)
+    if not whole and not exported:
+        refusal = "ERROR xvda-uuid not found", Refused(
+            "its first disk is marked [NOBAK]" if taken else
+            "the VM has no first disk (xvda, hda, sda or userdevice 0)")
+    elif refused:
+        refusal = "ERROR", refused
+    elif told and exports_as_it_is(choice, vm, disks, told):
         notes.append("halted, and cannot be snapshotted (%s): exported as it is" % told.code)
     elif told:
-        word = "SNAPSHOT-FAIL" if choice.kind == "vm-export" else "VDI-SNAPSHOT-FAIL"
-        refusal = (word, told)
+        refusal = "SNAPSHOT-FAIL" if whole else "VDI-SNAPSHOT-FAIL", told
     if settings.pre_clean and free is not None:
         early = expired(folders, policy, uuid=vm["uuid"], pre_clean=True)
         free += sum(item.size for item in folders if item.name in early)
     if not refusal and free is not None and expected > free:
-        refusal = ("ERROR space", Refused(
+        refusal = "ERROR space", Refused(
             "not enough space in %s: %s to expect, %s free (make room there, set pre_clean=True to"
             " delete the oldest backup first, or space_check=False to try all the same)"
-            % (settings.backup_dir, size_text(expected), size_text(max(free, 0)))))
-    return plan._replace(refusal=refusal)
+            % (settings.backup_dir, size_text(expected), size_text(max(free, 0))))
+    return Plan(choice, choice.refs[0], vm, disks, srs, file, policy, expected, stay, doomed, notes,
+                refusal)
 
 
 def left_out_texts(disks):
@@ -2555,83 +2553,62 @@ def left_out_texts(disks):
             for disk in disks if disk.left_out]
 
 
-def expected_size(kind, settings, disks, last):
+def expected_size(disks, file, last):
     """Bytes that a backup will probably need: a raw disk's virtual size, else the size of the last
-    backup of the same form (`last`, or None), else what the disks occupy on their storage."""
-    if kind == "vdi-export":
-        disks = [disk for disk in [first_disk(disks)] if disk]
-        if settings.vdi_export_format == "raw":
-            return sum(int(disk.vdi["virtual_size"]) for disk in disks)
-    if last is not None:
-        return last
-    total = 0
-    for disk in disks:
-        if not disk.left_out:
-            size, used = int(disk.vdi["virtual_size"]), int(disk.vdi.get("physical_utilisation", 0))
-            total += min(size, used) if used > 0 else size
-    return total
+    backup of the same form (of those in `last`), else what the disks occupy on their storage."""
+    raw = file.endswith(".raw")
+    if last and not raw:
+        return last[-1]
+    sizes = [(int(disk.vdi["virtual_size"]), int(disk.vdi.get("physical_utilisation", 0)))
+             for disk in disks]
+    return sum(size if raw or used <= 0 else min(size, used) for size, used in sizes)
 
 
-def _unnamed(choice, disks):
-    """Why a vdi-export has no disk to take, as a refusal, or None."""
-    if choice.kind == "vdi-export":
-        disk = first_disk(disks)
-        if disk is None:
-            return "ERROR xvda-uuid not found", Refused(
-                "the VM has no first disk (xvda, hda, sda or userdevice 0)")
-        if disk.left_out:
-            return "ERROR xvda-uuid not found", Refused("its first disk is marked [NOBAK]")
-    return None
-
-
-def _no_snapshot(choice, vm, disks, srs):
+def _no_snapshot(whole, vm, disks, srs):
     """The XapiError with which the host will refuse the snapshot, as far as records tell; else
     None. For a vdi-export only what concerns the disk counts (xapi_vm_lifecycle.ml)."""
-    whole = choice.kind == "vm-export"
+    def forbids(record, operation):
+        allowed = record.get("allowed_operations")
+        return allowed and operation not in allowed and not record.get("current_operations")
+
     blocked = vm.get("blocked_operations", {}).get("snapshot")
     if whole and blocked is not None:
         return XapiError(["OPERATION_BLOCKED", blocked], "VM.snapshot")
-    for disk in disks if whole else [first_disk(disks)]:
-        sr, who = srs.get(disk.vdi["SR"], {}), "disk %s (%s)" % (disk.label, disk.vdi["name_label"])
-        if disk.left_out:
-            continue
+    for disk in disks:
+        who = "disk %s (%s)" % (disk.label, disk.vdi["name_label"])
         if disk.vdi.get("sharable"):
             return XapiError(["VDI_IS_SHARABLE", who])
         if disk.vdi.get("on_boot") == "reset":
             return XapiError(["VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", who])
-        allowed = sr.get("allowed_operations")
-        if allowed and "vdi_snapshot" not in allowed and not sr.get("current_operations"):
+        if forbids(srs.get(disk.vdi["SR"], {}), "vdi_snapshot"):
             return XapiError(["SR_OPERATION_NOT_SUPPORTED", who])
     if whole and vm.get("VUSBs"):
         return XapiError(["VM_HAS_VUSBS"])
-    allowed = vm.get("allowed_operations")
-    if whole and allowed and "snapshot" not in allowed and not vm.get("current_operations"):
+    if whole and forbids(vm, "snapshot"):
         return XapiError(["OPERATION_NOT_ALLOWED", "the host allows no snapshot of this VM"])
     return None
 
 
-def exports_as_it_is(plan, vm, error):
+def exports_as_it_is(choice, vm, disks, error):
     """Whether a VM whose snapshot is refused so can be exported without one: a halted one."""
-    return (plan.choice.kind == "vm-export" and vm["power_state"] == "Halted"
-            and error.code in ONLY_SNAPSHOTS and not any(disk.left_out for disk in plan.disks)
+    return (choice.kind == "vm-export" and vm["power_state"] == "Halted"
+            and error.code in ONLY_SNAPSHOTS and not any(disk.left_out for disk in disks)
             and "export" not in vm.get("blocked_operations", {}))
 
 
 # --- the snapshot ---
 
-
-def key_of(record):
-    """The value of other_config's OUR_KEY that marks just this snapshot."""
-    return "snapshot=%s" % record["uuid"]
+# What snapshots are of: its kind and ref, the name that ours bear, those that it has.
+Source = collections.namedtuple("Source", "kind ref name snapshots")
 
 
-def is_ours(record, source, our_name):
-    """Whether this program made a snapshot of `source` (the ref of a VM or VDI): it bears exactly
-    our name, or our key with its own uuid. Anything else in the key was inherited: other_config is
-    copied with every snapshot, and comes back with a restored VM."""
-    return (record["is_a_snapshot"] and record["snapshot_of"] == source
-            and (record["name_label"] == our_name
-                 or record["other_config"].get(OUR_KEY) == key_of(record)))
+def is_ours(record, source):
+    """Whether this program made a snapshot of a Source: it bears exactly our name, or our key with
+    its own uuid. Anything else in the key was inherited: other_config is copied with every
+    snapshot, and comes back with a restored VM."""
+    return (record["is_a_snapshot"] and record["snapshot_of"] == source.ref
+            and (record["name_label"] == source.name
+                 or record["other_config"].get(OUR_KEY) == "snapshot=" + record["uuid"]))
 
 
 class Snapshot:
@@ -2644,110 +2621,100 @@ class Snapshot:
     def __init__(self, xapi, watch, plan, outcome):
         self._xapi, self._watch, self._plan, self._outcome = xapi, watch, plan, outcome
         self.of_vm = plan.choice.kind == "vm-export"
-        self._kind = "VM" if self.of_vm else "VDI"
+        name = plan.choice.name
+        self._sources = [Source("VM", plan.ref, "RESTORE_" + name, plan.vm["snapshots"])]
+        for disk in plan.disks:
+            our_name = ("SNAP_%s_%s" % (name, disk.vdi["name_label"])).replace(" ", "-")
+            self._sources.append(Source("VDI", disk.ref, our_name, disk.vdi.get("snapshots", [])))
         self._disk = None if self.of_vm else first_disk(plan.disks)
-        self._source = plan.ref if self.of_vm else self._disk.ref
-        self._name = "RESTORE_" + plan.choice.name if self.of_vm else self._disk_name(self._disk)
+        self._source = self._sources[0 if self.of_vm else 1 + plan.disks.index(self._disk)]
         self._made = None  # the ref of a snapshot that this process proved to be its own
-        self._marked = self.of_vm  # so that the next run knows it: the name alone is enough
         self.ref, self.record, self.disks = None, None, []
 
-    def _disk_name(self, disk):
-        name = "SNAP_%s_%s" % (self._plan.choice.name, disk.vdi["name_label"])
-        return name.replace(" ", "-")
-
-    def __enter__(self):
-        known = self.sweep()
-        self._outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
-        if not self.of_vm:
-            known = self._xapi.call("VDI.get_snapshots", self._source)
+    @contextlib.contextmanager
+    def taken(self):
+        """The snapshot is there while this lasts. A halted VM that the host lets nobody snapshot is
+        itself what is exported."""
+        kind, plan, outcome = self._source.kind, self._plan, self._outcome
+        known = self._xapi.call(kind + ".get_snapshots", self._source.ref)
+        self._sweep()
+        outcome.status = "SNAPSHOT-FAIL" if self.of_vm else "VDI-SNAPSHOT-FAIL"
         try:
             self.ref = self._take()
-            self.record = self._prove(self.ref, known)
+            self.record = self._xapi.call(kind + ".get_record", self.ref)
+            if not self._is_snapshot(self.record) or self.ref in known:
+                raise BackupError("the host named %s %s as the new snapshot, and it is none:"
+                                  " nothing of it was changed" % (kind, self.record["uuid"]))
+            self._made = self.ref
         except (Exception, Interrupted) as error:
             # Of a disk only where the outcome is not known: its snapshot bears no mark yet.
             if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
                 self._look_for_lost(known)
             if not isinstance(error, XapiError) or not exports_as_it_is(
-                    self._plan, self._xapi.call("VM.get_record", self._plan.ref), error):
+                    plan.choice, plan.vm, plan.disks, error):
                 raise
-            self.ref, self.record, self.disks = self._plan.ref, self._plan.vm, self._plan.disks
-            self._outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as"
-                               " it is, and a start waits until that has ended" % error.code)
-            return self
-        self._made = self.ref
+            self.ref, self.record, self.disks = plan.ref, plan.vm, plan.disks
+            outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
+                         " is, and a start waits until that has ended" % error.code)
         try:
-            self._watch.check()
-            self._make_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        self._outcome.say("snapshot %s taken" % self._name)
-        return self
+            if self._made:
+                self._watch.check()
+                self._make_ready()
+                outcome.say("snapshot %s taken" % self._source.name)
+            yield self
+        finally:
+            if self._made:
+                self._destroy(self._source, self._made, self.record)
+            else:
+                outcome.say("the export of the VM itself has ended: it can be started again")
 
     def stream(self, settings, activity):
         """The Stream of the export."""
-        if not self.of_vm:
-            query = {"vdi": self.ref, "format": settings.vdi_export_format}
-            return Stream(self._xapi, "/export_raw_vdi", query, activity)
-        query = {"ref": self.ref}
-        if settings.compress != "False":
-            query["use_compression"] = "zstd" if settings.compress == "zstd" else "true"
-        return Stream(self._xapi, "/export", query, activity)
+        path, query = "/export_raw_vdi", {"vdi": self.ref, "format": settings.vdi_export_format}
+        if self.of_vm:
+            path, query = "/export", {"ref": self.ref}
+            if settings.compress != "False":
+                query["use_compression"] = "zstd" if settings.compress == "zstd" else "true"
+        return Stream(self._xapi, path, query, activity)
 
     def prover(self, file):
         """What proves the export: the size of the disk, or the disks that have to be in it."""
         size = None if self.of_vm else int(self.record["virtual_size"])
         return prover(file, size, [disk.vdi["uuid"] for disk in self.disks])
 
-    def sweep(self):
-        """Destroys what a killed run left on the pool, and nothing else. Returns the refs of the
-        VM's snapshots that were there."""
-        snapshots = self._xapi.call("VM.get_snapshots", self._plan.ref)
-        for ref, record in self._xapi.records("VM", snapshots).items():
-            if is_ours(record, self._plan.ref, "RESTORE_" + self._plan.choice.name):
-                self._outcome.say("removing the leftover snapshot %s" % record["uuid"])
-                self.destroy("VM", ref, record, self._plan.ref,
-                             "RESTORE_" + self._plan.choice.name)
-        for disk in self._plan.disks:
-            for ref, record in self._xapi.records("VDI", disk.vdi.get("snapshots", [])).items():
-                if is_ours(record, disk.ref, self._disk_name(disk)):
-                    self._outcome.say("removing the leftover VDI snapshot %s" % record["uuid"])
-                    self.destroy("VDI", ref, record, disk.ref, self._disk_name(disk))
-        return snapshots
+    def _is_snapshot(self, record):
+        return record["is_a_snapshot"] and record["snapshot_of"] == self._source.ref
+
+    def _sweep(self):
+        """Destroys what a killed run left on the pool, and nothing else."""
+        for source in self._sources:
+            for ref, record in self._xapi.records(source.kind, source.snapshots).items():
+                if is_ours(record, source):
+                    self._outcome.say("removing the leftover %ssnapshot %s" % (
+                        "VDI " * (source.kind == "VDI"), record["uuid"]))
+                    self._destroy(source, ref, record)
 
     def _take(self):
         """Takes the snapshot and returns what the host gives as its ref: not proved yet."""
-        if not self.of_vm:
-            return self._xapi.run_task("VDI.snapshot", self._source, {})
-        left_out = [disk.ref for disk in self._plan.disks if disk.left_out]
-        options = [left_out] if left_out else []
+        method, source = self._source.kind + ".snapshot", self._source
+        left_out = [disk.ref for disk in self._plan.disks if disk.left_out and self.of_vm]
+        args = [source.ref, source.name if self.of_vm else {}]
         try:
-            return self._xapi.run_task("VM.snapshot", self._source, self._name, *options)
+            return self._xapi.run_task(method, *args + [left_out] * bool(left_out))
         except XapiError as error:
             if error.code != "MESSAGE_PARAMETER_COUNT_MISMATCH" or not left_out:
                 raise
-        return self._xapi.run_task("VM.snapshot", self._source, self._name)  # before 21.4.0
-
-    def _prove(self, ref, known):
-        """The record of a new snapshot of the source; BackupError, with nothing changed, if the
-        ref leads to anything else."""
-        record = self._xapi.call(self._kind + ".get_record", ref)
-        if not record["is_a_snapshot"] or record["snapshot_of"] != self._source or ref in known:
-            raise BackupError("the host named %s %s as the new snapshot, and it is none: nothing of"
-                              " it was changed" % (self._kind, record["uuid"]))
-        return record
+        return self._xapi.run_task(method, *args)  # a host before 21.4.0
 
     def _make_ready(self):
         """Marks the snapshot, so that the next run knows it, and prepares it for the export."""
-        call, record = self._xapi.call, self.record
+        call, record, kind = self._xapi.call, self.record, self._source.kind
         self._outcome.status = "TEMPLATE-PARAM-SET-FAIL" if self.of_vm else "VDI-PARAM-SET-FAIL"
         if OUR_KEY in record["other_config"]:  # inherited: the VM was restored from such a backup
-            call(self._kind + ".remove_from_other_config", self.ref, OUR_KEY)
-        call(self._kind + ".add_to_other_config", self.ref, OUR_KEY, key_of(record))
-        self._marked = True
+            call(kind + ".remove_from_other_config", self.ref, OUR_KEY)
+        call(kind + ".add_to_other_config", self.ref, OUR_KEY, "snapshot=" + record["uuid"])
         if not self.of_vm:
-            call("VDI.set_name_label", self.ref, self._name)
+            call("VDI.set_name_label", self.ref, self._source.name)
             self.disks = [self._disk]
             return
         if record["is_a_template"]:  # or an import of the XVA would give a template
@@ -2759,86 +2726,78 @@ class Snapshot:
                 if error.code != "RBAC_PERMISSION_DENIED":  # that takes a pool-operator
                     raise
                 self._outcome.warn("the backup keeps the VM's HA priority: %s" % error)
-        self.disks = disks_of(self._xapi, record)
-        there = {disk.vbd["userdevice"] for disk in self.disks}
+        disks = disks_of(self._xapi, record)
+        there = {disk.vbd["userdevice"] for disk in disks}
         lost = [disk.label for disk in self._plan.disks
                 if not disk.left_out and disk.vbd["userdevice"] not in there]
         if lost:
             raise BackupError("the snapshot lacks the disk %s: somebody removed it meanwhile"
                               % ", ".join(lost))
-        for disk in self.disks:
+        for disk in disks:
             if disk.left_out:  # a host before 21.4.0, which cannot leave a disk out itself
                 if not disk.vdi["is_a_snapshot"]:
                     raise BackupError("disk %s cannot be left out on this host" % disk.label)
                 call("VDI.destroy", disk.ref)
-        self.disks = [disk for disk in self.disks if not disk.left_out]
+        self.disks = [disk for disk in disks if not disk.left_out]
 
     def _look_for_lost(self, known):
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
             found = patiently(self._watch, lambda: self._new_since(known))
+            for self._made, record in found.items():
+                self._destroy(self._source, self._made, record)
         except Exception as error:
+            command = "snapshot-list" if self.of_vm else "vdi-list"
             self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
-                               " for %s" % (error, "snapshot-list" if self.of_vm else "vdi-list",
-                                            self._name))
-            return
-        if len(found) > 1 and not self.of_vm:
-            uuids = ", ".join(record["uuid"] for record in found.values())
-            self._outcome.warn("one of these new snapshots of disk %s may be this run's, VDI %s:"
-                               " they are left alone" % (self._disk.label, uuids))
-            return
-        for self._made, record in found.items():
-            self.destroy(self._kind, self._made, record, self._source, self._name)
+                               " for %s" % (error, command, self._source.name))
         self._made = None
 
     def _new_since(self, known):
         """{ref: record} of the snapshots that can be the one that this process asked for: of a VM
-        those with our name; of a disk, which bears no mark yet, those that no VM has."""
-        vm = self._xapi.call("VM.get_record", self._plan.ref)
+        those with our name; of a disk, which bears no mark yet, the one that no VM has."""
+        source, vm = self._source, self._xapi.call("VM.get_record", self._plan.ref)
         if not self.of_vm and vm["current_operations"]:  # it may get a VM's disks in a moment
             raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
-        new = [ref for ref in self._xapi.call(self._kind + ".get_snapshots", self._source)
-               if ref not in known]
-        return {ref: record for ref, record in self._xapi.records(self._kind, new).items()
-                if record["is_a_snapshot"] and record["snapshot_of"] == self._source
-                and (record["name_label"] == self._name if self.of_vm else not record["VBDs"])}
+        new = set(self._xapi.call(source.kind + ".get_snapshots", source.ref)).difference(known)
+        found = {ref: record for ref, record in self._xapi.records(source.kind, new).items()
+                 if self._is_snapshot(record)
+                 and (record["name_label"] == source.name if self.of_vm else not record["VBDs"])}
+        if not self.of_vm and len(found) > 1:
+            raise Refused("%d of disk %s are new, and are left alone: VDI %s" % (
+                len(found), self._disk.label, ", ".join(vdi["uuid"] for vdi in found.values())))
+        return found
 
-    def __exit__(self, *_error):
-        if self._made:
-            self.destroy(self._kind, self._made, self.record, self._source, self._name)
-        elif self.ref == self._plan.ref and self.of_vm:
-            self._outcome.say("the export of the VM itself has ended: it can be started again")
-
-    def destroy(self, kind, ref, record, source, our_name):
+    def _destroy(self, source, ref, record):
         """Destroys one of our snapshots, however often it takes. A failure is a warning."""
         try:
-            patiently(self._watch, lambda: self._attempt(kind, ref, source, our_name))
+            patiently(self._watch, lambda: self._attempt(source, ref))
             self._outcome.say("snapshot destroyed")
         except Exception as error:
-            command = "snapshot-uninstall" if kind == "VM" else "vdi-destroy"
+            command = "snapshot-uninstall" if source.kind == "VM" else "vdi-destroy"
+            unmarked = ref == self._made and not self.of_vm and not self.disks
+            again = "" if unmarked else ", the next run tries again"
             self._outcome.warn(
-                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)" % (
-                    record["uuid"], "" if ref == self._made and not self._marked else
-                    ", the next run tries again", reason_of(error), command, record["uuid"]))
+                "the snapshot %s could not be destroyed%s: %s (by hand: xe %s uuid=%s)"
+                % (record["uuid"], again, reason_of(error), command, record["uuid"]))
 
-    def _attempt(self, kind, ref, source, our_name):
+    def _attempt(self, source, ref):
         """One attempt: proves the snapshot ours, then its disks, then itself; so its record, by
         which the next run knows it, is the last to go. Whoever repeats it does no harm."""
-        record = self._xapi.records(kind, [ref]).get(ref)
+        record = self._xapi.records(source.kind, [ref]).get(ref)
         if record is None:
             return
-        mine = ref == self._made and record["is_a_snapshot"] and record["snapshot_of"] == source
-        if self.ref is None and not self.of_vm:  # found, not told by the host
-            mine = mine and not record["VBDs"]
-        if not mine and not is_ours(record, source, our_name):
+        # One of a disk that was found, not told by the host, is ours while no VM has it.
+        mine = ref == self._made and self._is_snapshot(record) and (
+            self.of_vm or ref == self.ref or not record["VBDs"])
+        if not mine and not is_ours(record, source):
             raise Refused("it is not this program's snapshot: left alone")
         if record.get("current_operations"):
             raise XapiError(["OTHER_OPERATION_IN_PROGRESS"])
-        if kind == "VM":
+        if source.kind == "VM":
             own = self._xapi.records("VBD", record["VBDs"])
             vdis = [vbd["VDI"] for vbd in own.values() if vbd["type"] == "Disk"]
-            vdis.append(record.get("suspend_VDI", NULL))
-            for vdi_ref, vdi in self._xapi.records("VDI", vdis).items():
+            vdis = self._xapi.records("VDI", vdis + [record.get("suspend_VDI", NULL)])
+            for vdi_ref, vdi in vdis.items():
                 others = self._xapi.records("VBD", set(vdi["VBDs"]) - set(own))
                 users = self._xapi.records("VM", [vbd["VM"] for vbd in others.values()])
                 # dom0 reads a disk while it is exported, and lets go of it a little later.
@@ -2847,7 +2806,7 @@ class Snapshot:
                                        % vdi["uuid"])
                 elif vdi["is_a_snapshot"]:
                     destroy(self._xapi, "VDI.destroy", vdi_ref)
-        destroy(self._xapi, kind + ".destroy", ref)
+        destroy(self._xapi, source.kind + ".destroy", ref)
 
 
 def destroy(xapi, method, ref):
@@ -2883,7 +2842,7 @@ def disks_of(xapi, vm):
 # --- the disk ---
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager):
     """A lock in backup_dir, given as a descriptor: flock on .NAME.KIND, which the kernel lets go
     when the process dies, and which holds between the hosts of an NFS share. The file tells who
     has it, and goes at the end. supported is False where the file system has no locks.
@@ -2902,36 +2861,28 @@ class Lock:
             self._fd = os.open(self._file, flags, 0o600, dir_fd=top)
             try:
                 fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                    self.supported = False
-                    return
+            except (BlockingIOError, PermissionError):
                 holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
                 os.close(self._fd)
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise LockedError("another run holds the lock of %s%s" % (
-                        name, " (%s)" % holder if holder else "")) from None
-                raise
+                raise LockedError("another run holds the lock of %s: %s" % (name, holder)) from None
+            except OSError:
+                self.supported = False
             # The holder before may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(self._file, dir_fd=top, follow_symlinks=False)
                 if os.path.samestat(os.fstat(self._fd), there):
                     break
             os.close(self._fd)
-        if not shared:
-            told = "process %d on %s since %s\n" % (
-                os.getpid(), short_host_name(), time.strftime("%Y-%m-%d %H:%M:%S"))
-            with contextlib.suppress(OSError):  # no space: the lock holds all the same
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, told.encode("utf-8"), 0)
+        told = "process %d on %s since %s\n" % (
+            os.getpid(), short_host_name(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        with contextlib.suppress(OSError):  # no space: the lock holds all the same
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, told.encode("utf-8"), 0)
 
     def now(self):
         """The time of the file server's clock, in seconds since 1970."""
         os.utime(self._fd)
         return os.fstat(self._fd).st_mtime
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_error):
         with contextlib.suppress(OSError):
@@ -2966,9 +2917,8 @@ def writer_of(vm_fd, name, own, now):
     """
     with contextlib.suppress(OSError), opened(name, vm_fd) as fd:
         age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
-        found = TOKEN.search(read_small(UNFINISHED, fd).decode("ascii", "replace"))
-        if found:
-            host, boot, pid, start, _ = found.groups()
+        text = read_small(UNFINISHED, fd).decode("ascii", "replace")
+        for host, boot, pid, start in TOKEN.findall(text)[:1]:
             here = [host, boot] == own.split(",")[:2]
             if _started(pid) == start if here else age < ABANDONED_AFTER:
                 return "being written by process %s on %s" % (pid, host)
@@ -2980,10 +2930,8 @@ def open_vm_folder(name, top):
     a file system may take a and A for the same, and list names in another Unicode form."""
     try:
         fd = open_folder(name, top)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise Refused("%s is a symbolic link or no folder: refused" % name) from None
-        raise
+    except NotADirectoryError:
+        raise Refused("%s is a symbolic link or no folder: refused" % name) from None
     with contextlib.suppress(OSError):  # FileNotFoundError where case counts
         twin = os.stat(name.swapcase(), dir_fd=top, follow_symlinks=False)
         folds = name.swapcase() != name and os.path.samestat(os.fstat(fd), twin)
@@ -2991,12 +2939,6 @@ def open_vm_folder(name, top):
             os.close(fd)
             raise Refused("%s belongs to a VM whose name differs only in case" % name)
     return fd
-
-
-def refused_name(name):
-    """The error of a backup's folder whose name the file system does not take."""
-    return Refused("the file system of backup_dir refuses a folder called %s: set"
-                   " backup_dir_pattern=backup-%%Y-%%m-%%d-%%H-%%M-%%S" % name)
 
 
 class Target:
@@ -3008,11 +2950,11 @@ class Target:
 
     def __init__(self, top, name, patterns, lock, outcome):
         self._top, self._lock_name, self._vm = top, name, native(name)
-        self._patterns, self._lock = patterns, lock
-        self._outcome, self._token = outcome, new_token()
+        self._patterns, self._lock, self._outcome = patterns, lock, outcome
+        self._token = new_token()
         self._made_vm = self._published = False
-        self._vm_fd = self._unfinished = None
-        self._touched = 0.0
+        self._unfinished = self._vm_fd = None
+        self._open = contextlib.ExitStack()  # descriptors
         self.fd = self.name = None  # of the new backup's folder
         self.sums = []  # (file below the folder, SHA-256)
 
@@ -3022,6 +2964,7 @@ class Target:
                 os.mkdir(self._vm, 0o700, dir_fd=self._top)
                 self._made_vm = True
             self._vm_fd = open_vm_folder(self._vm, self._top)
+            self._open.callback(os.close, self._vm_fd)
             self.folders = self._clear()
         except BaseException:
             self.__exit__()
@@ -3031,18 +2974,16 @@ class Target:
     def _clear(self):
         """Unfinished backups of runs that are over go; those of living runs stay. Returns the
         Folders that are left."""
-        foreign, left = [], []
-        for item in scan(self._vm_fd, self._patterns, self._vm):
-            if not item.unfinished or item.created is None:
-                left.append(item)
-                if item.created is None or not item.marker:
-                    foreign.append(item.name)
-            elif not self._clear_one(item.name):
-                left.append(item)
-        for name in foreign[:5]:
-            self._outcome.say("%s is no backup of this program: left alone" % name)
-        if foreign[5:]:
-            self._outcome.say("and %d more are none: left alone" % len(foreign[5:]))
+        left = scan(self._vm_fd, self._patterns, self._vm)
+        for item in left[:]:
+            if item.unfinished and item.created is not None and self._clear_one(item.name):
+                left.remove(item)
+        foreign = [item.name for item in left
+                   if item.created is None or not item.marker and not item.unfinished]
+        if foreign:
+            more = ["and %d more" % len(foreign[5:])] * bool(foreign[5:])
+            self._outcome.say("left alone, no backup of this program: %s"
+                              % ", ".join(foreign[:5] + more))
         return left
 
     def _clear_one(self, name):
@@ -3083,59 +3024,35 @@ class Target:
 
     def begin(self, pattern):
         """Makes the folder of the new backup, with the token of this run in it."""
-        moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
+        moment = datetime.datetime.now()
         while self._unfinished is None:
-            name = native(moment.strftime(pattern))
+            self.name = native(moment.strftime(pattern))
             moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
-            if name in taken:
-                continue
             try:
-                os.mkdir(name, 0o700, dir_fd=self._vm_fd)
-                self.name, self.fd = name, open_folder(name, self._vm_fd)
-                self._unfinished = self._create(
-                    UNFINISHED, self._token.encode("ascii") + b"\n", self.fd)
+                os.mkdir(self.name, 0o700, dir_fd=self._vm_fd)
             except FileExistsError:
-                pass
-            except OSError as error:
-                if error.errno in NAME_REFUSED:
-                    raise refused_name(name) from None
-                if self.fd is None or error.errno != errno.ENOENT:
-                    raise
-                os.close(self.fd)  # another run took it away while it was empty
-                self.fd = None
+                continue
+            # Another run may take it away, or for its own, while it is empty.
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                self.fd = self._open.enter_context(opened(self.name, self._vm_fd))
+                self._unfinished = new_file(UNFINISHED, self.fd, self._token.encode("ascii"))
+        self._open.callback(os.close, self._unfinished)
 
     def touch(self):
-        """Tells the runs of other machines that this one is at work: called once a second."""
+        """Tells the runs of other machines that this one is at work."""
         fd = self.fd
-        if fd is not None and time.monotonic() - self._touched > TOUCH_EVERY:
-            self._touched = time.monotonic()
-            with contextlib.suppress(OSError):  # published meanwhile
+        with contextlib.suppress(OSError):  # published meanwhile
+            if fd is not None:
                 os.utime(UNFINISHED, dir_fd=fd, follow_symlinks=False)
-
-    def _create(self, name, data, dir_fd):
-        """Makes a file of mode 0600, flushed to disk; returns its descriptor."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
-        try:
-            view = memoryview(data)
-            while len(view):
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
 
     def write(self, file, text):
         """Writes a small file of the backup, `NAME` or `FOLDER/NAME`, and keeps its SHA-256."""
-        folder, _, name = file.rpartition("/")
-        if folder:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(native(folder), 0o700, dir_fd=self.fd)
-        data = utf8(text)
-        with opened(native(folder or "."), self.fd) as fd:
-            os.close(self._create(native(name), data, fd))
-            if folder:  # that of the backup is flushed when it is published
+        folder, data = native(os.path.dirname(file) or "."), utf8(text)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700, dir_fd=self.fd)
+        with opened(folder, self.fd) as fd:
+            os.close(new_file(os.path.basename(file), fd, data))
+            if folder != ".":  # that of the backup is flushed when it is published
                 sync(fd)
         self.sums.append((file, hashlib.sha256(data).hexdigest()))
 
@@ -3147,16 +3064,14 @@ class Target:
         for name, value in [(file, saved.digest)] + self.sums:
             escaped = name.replace("\\", "\\\\")  # as sha256sum does
             lines.append("%s%s  %s\n" % ("\\" if escaped != name else "", value, escaped))
-        os.close(self._create("SHA256SUMS", utf8("".join(lines)), self.fd))
+        self.write("SHA256SUMS", "".join(lines))
         sync(self.fd)
-        earlier = [item.created for item in backups(self.folders)]
-        now = int(time.time())
-        created = max([now] + [int(newest) + 1 for newest in earlier[-1:]])
-        path = os.path.join(backup_dir, self._vm, self.name)
+        path, now = os.path.join(backup_dir, self._vm, self.name), int(time.time())
         if not os.path.samestat(os.stat(path), os.fstat(self.fd)) or read_small(
-                UNFINISHED, self.fd) != self._token.encode("ascii") + b"\n":
+                UNFINISHED, self.fd) != self._token.encode("ascii"):
             raise BackupError("%s is another run's by now: not published" % path)
         # The order rises even if the clock was set back; ages are told by the clock itself.
+        created = max([now] + [int(item.created) + 1 for item in backups(self.folders)])
         text = "created=%d\nmade=%d\n%s\n" % (created, now, self._token)
         os.pwrite(self._unfinished, text.encode("ascii"), 0)
         os.fsync(self._unfinished)
@@ -3166,114 +3081,102 @@ class Target:
             sync(fd)
         return path
 
-    def _discard(self):
-        """After a failure the unfinished folder goes, if it is still this run's: never a marked
-        one, and nothing that was there before."""
-        marked = [name for name in os.listdir(self.fd) if name in MARKERS]
-        with contextlib.suppress(FileNotFoundError):
-            there = os.stat(self.name, dir_fd=self._vm_fd, follow_symlinks=False)
-            if not marked and os.path.samestat(there, os.fstat(self.fd)):
-                self._remove(self.name)
-
     def __exit__(self, *_error):
-        try:
-            if self.fd is not None and not self._published:
-                self._discard()
-        except OSError as error:
-            self._outcome.warn("%s could not be removed: %s" % (self.name, describe(error)))
-        finally:
-            descriptors = (self._unfinished, self.fd, self._vm_fd)
-            self.fd = None
-            for fd in descriptors:
-                if fd is not None:
-                    os.close(fd)
-            if self._made_vm and not self._published:
-                with contextlib.suppress(OSError):  # an empty folder only
-                    os.rmdir(self._vm, dir_fd=self._top)
+        """After a failure the unfinished folder goes, if it is still this run's: never a marked
+        one, and nothing that was there before. Where nothing answers any more, the next run does
+        it."""
+        fd, self.fd = self.fd, None
+        with self._open, contextlib.suppress(OSError):
+            if fd is not None and not self._published:
+                marked = set(MARKERS).intersection(os.listdir(fd))
+                there = os.stat(self.name, dir_fd=self._vm_fd, follow_symlinks=False)
+                if not marked and os.path.samestat(there, os.fstat(fd)):
+                    self._remove(self.name)
+        if self._made_vm and not self._published:
+            with contextlib.suppress(OSError):  # an empty folder only
+                os.rmdir(self._vm, dir_fd=self._top)
 
 
 # ============================== RESTORE.txt ==============================
 
 NOTE = """\
-This folder holds a backup of {what} {name} (uuid {uuid}),
-taken by vmbackup from the pool {pool} at the host {host}.
+This folder holds a backup of {what} {name} (uuid {plan.vm[uuid]}),
+taken by vmbackup from the pool {pool} at the host {run.host}.
 
-  export    {export}
+  export    {plan.file}
   memory    {memory}, {vcpus}
 {disks}{networks}  storage   {sr_name} (uuid {sr})
 
-If the host is gone, first:
-  1. Install a host of the same version or a newer one: an older XAPI refuses an export.
-  2. Attach the storage, and create the networks under the names above: a restored VM finds them
-     by name. Where one is missing, XAPI makes a network of that name that leads nowhere.
-  3. Make sure that the backup is whole, in this folder:
+If the host is gone: a new one has to be of its version or newer, with the storage attached and
+networks of the names above, or XAPI makes some that lead nowhere. To see that the backup is whole:
+       cd {folder}
        sha256sum -c SHA256SUMS
 {caution}
-Then one of these. Paths are those of the day of the backup; HOST is the pool's master. The
-storage repository may be another one.
+Then one of these, typed in this folder. HOST is the pool's master; any storage repository will do.
 
 1. With vmbackup, from any machine; it proves the export while it sends it:
        vmbackup.py restore - {folder} host={address} sr={sr}
 
 2. With xe, in a dom0 that sees this folder:
-       cd {folder}
 {xe}
 3. With curl, from any machine; it prints an error page if the import failed. CA is a file with
    the host's certificate, which this prints in dom0: openssl x509 -in /etc/xensource/xapi-ssl.pem
-       cd {folder}
 {curl}
 Without any host, the disks as images:
 {images}"""
 WHOLE = ("""\
-  4. Never start the restored VM while the original runs: two machines of one name and address.
-     MAC addresses are new unless asked for (preserve=true).
+Never start the restored VM while the original runs: two machines of one name and address.
+MAC addresses are new unless asked for (preserve=true).
 """, """\
        xe vm-import filename={file} sr-uuid={sr}
      So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
        xe vm-param-set uuid=UUID name-label={vm}
 """, """\
-       curl --cacert CA --user root -T {file} '{url}/import?sr_uuid={sr}'
+       curl --cacert CA --user root -T {file} 'https://{address}/import?sr_uuid={sr}'
 """, """\
        vmbackup.py extract {folder} to=.
 """)
 ONE_DISK = ("""\
-  4. This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
-     first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
+This is one disk of the VM. It goes into a new disk, which is attached to a VM that you make
+first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
 """, """\
        xe vdi-create sr-uuid={sr} name-label={label} type=user virtual-size={size}
      With the uuid that it prints in place of VDI, and that of the VM in place of VM:
        xe vdi-import uuid=VDI filename={file} format={form}
        xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
 """, """\
-       curl --cacert CA --user root -T {file} '{url}/import_raw_vdi?vdi=VDI&format={form}'
+       curl --cacert CA --user root -T {file} 'https://{address}/import_raw_vdi?vdi=VDI&format={form}'
      VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
 """, """\
        qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
 """)
 
 
-def restore_note(facts):
-    """The text of RESTORE.txt: the ways back for just this backup. Pure. facts: see metadata()."""
-    caution, xe, curl, images = WHOLE if facts.kind == "vm-export" else ONE_DISK
-    folder = os.path.join(facts.backup_dir, native(folder_name(facts.name)), facts.folder)
-    form = facts.file.rpartition(".")[2]
-    address = "HOST" if facts.host.startswith("/") else facts.host  # the socket is dom0's own
+def restore_note(run, plan, vm, disks, vifs, folder):
+    """The text of RESTORE.txt: the ways back for just this backup. Pure. vm, disks, vifs: what is
+    exported; folder: the name of the backup's."""
+    whole, name = plan.choice.kind == "vm-export", plan.choice.name
+    sr = plan.srs.get(disks[0].vdi["SR"], {}) if disks else {}
+    path = os.path.join(run.settings.backup_dir, native(folder_name(name)), folder)
+    form = plan.file.rpartition(".")[2]
+    address = "HOST" if run.host.startswith("/") else run.host  # the socket is dom0's own
     words = {
-        "file": shlex.quote(facts.file), "sr": facts.sr_uuid or "SR", "vm": shlex.quote(facts.name),
-        "folder": shlex.quote(from_argv(folder)), "address": address, "url": "https://" + address,
-        "label": shlex.quote(facts.name + "-restored"), "form": form,
-        "qemu": {"vhd": "vpc"}.get(form, "raw"), "size": sum(disk[2] for disk in facts.disks)}
-    return NOTE.format(
-        what="the VM" if facts.kind == "vm-export" else "the first disk of the VM",
-        name=printable(facts.name), uuid=facts.uuid, pool=printable(facts.pool), host=facts.host,
-        export=facts.file, memory=size_text(int(facts.memory or 0)), caution=caution,
-        vcpus=plural(int(facts.vcpus or 0), "CPU"), sr_name=printable(facts.sr_name),
-        xe=xe.format(**words), curl=curl.format(**words), images=images.format(**words),
-        disks="".join("  disk      %s  %s, %d bytes, %s (uuid %s)\n" % (
-            label, size_text(size), size, printable(name), uuid)
-            for label, name, size, uuid in facts.disks),
-        networks="".join("  network   %s  %s, MAC %s\n" % (device, printable(name), mac)
-                         for device, name, mac in facts.networks), **words)
+        "what": "the VM" if whole else "the first disk of the VM", "name": printable(name),
+        "pool": printable(run.pool), "address": address, "run": run, "plan": plan,
+        "file": shlex.quote(plan.file), "folder": shlex.quote(from_argv(path)),
+        "memory": size_text(int(vm.get("memory_dynamic_max") or 0)),
+        "vcpus": plural(int(vm.get("VCPUs_max") or 0), "CPU"), "vm": shlex.quote(name),
+        "sr": sr.get("uuid") or "SR", "sr_name": printable(sr.get("name_label", "")),
+        "label": shlex.quote(name + "-restored"), "form": form,
+        "qemu": {"vhd": "vpc"}.get(form, "raw"),
+        "size": sum(int(disk.vdi["virtual_size"]) for disk in disks),
+        "disks": "".join("  disk      %s  %s, %s bytes, %s (uuid %s)\n" % (
+            disk.label, size_text(int(disk.vdi["virtual_size"])), disk.vdi["virtual_size"],
+            printable(disk.vdi["name_label"]), disk.vdi["uuid"]) for disk in disks),
+        "networks": "".join("  network   %s  %s, MAC %s\n" % (
+            vif["device"], printable(vif["network_name_label"]), vif["MAC"]) for vif in vifs)}
+    ways = zip(("caution", "xe", "curl", "images"), WHOLE if whole else ONE_DISK)
+    return NOTE.format(**words, **{key: text.format(**words) for key, text in ways})
 
 
 # ============================== the backup of one VM ==============================
@@ -3288,42 +3191,43 @@ def back_up_vm(run, choice, xapi, outcome, activity):
     check_name(choice, run.meeting)
     outcome.status = "ERROR"
     with opened(settings.backup_dir) as top, Lock(top, name) as lock, \
-            Target(top, name, run.patterns, lock, outcome) as target, run.touching(target):
+            Target(top, name, run.patterns, lock, outcome) as target:
+        activity.touch = target.touch
         if not lock.supported:
             outcome.warn("this file system has no locks: never run two backups into it at once")
         vm, disks, srs = look_up(xapi, choice, outcome)
-        plan_for = functools.partial(plan_vm, settings, choice, vm, disks, target.folders,
-                                     srs=srs)
-        with run.room_for(choice.name, plan_for, activity) as plan:
-            if plan.refusal:
-                outcome.status, error = plan.refusal
-                raise error
-            for text in plan.notes:
-                outcome.note(text)
-            outcome.file, activity.expected = plan.file, plan.expected
-            if settings.pre_clean:
-                target.prune(plan.policy, vm["uuid"], pre_clean=True)
-            target.begin(settings.backup_dir_pattern)
-            outcome.say("new backup folder %s" % os.path.join(
-                settings.backup_dir, native(name), target.name))
-            activity.doing = "snapshot"
-            with Snapshot(xapi, run.watch, plan, outcome) as snapshot:
-                for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
-                    target.write(file, text)
-                outcome.status = "VM-EXPORT-FAIL" if snapshot.of_vm else "VDI-EXPORT-FAIL"
-                outcome.say("%s begins, about %s to expect" % (
-                    choice.kind, size_text(plan.expected)))
-                activity.doing = "export"
-                saved = save(snapshot.stream(settings, activity), plan.file + ".partial", target.fd,
-                             snapshot.prover(plan.file))
-                vouch(saved, outcome)
-                outcome.folder = target.publish(plan.file, saved, settings.backup_dir)
-                outcome.say("*** success: %s : %s" % (plan.file, size_text(saved.size)))
-                activity.doing = "clean-up"
+        with run.planning:
+            plan = plan_vm(settings, choice, vm, disks, srs, target.folders, run.free(activity),
+                           run.refused)
+            activity.expected = plan.expected
+        if plan.refusal:
+            outcome.status, error = plan.refusal
+            raise error
+        for text in plan.notes:
+            outcome.note(text)
+        outcome.file = plan.file
+        if settings.pre_clean:
+            target.prune(plan.policy, vm["uuid"], pre_clean=True)
+        target.begin(settings.backup_dir_pattern)
+        outcome.say("new backup folder %s" % os.path.join(
+            settings.backup_dir, native(name), target.name))
+        activity.doing = "snapshot"
+        with Snapshot(xapi, run.watch, plan, outcome).taken() as snapshot:
+            for file, text in metadata(xapi, plan, snapshot, target.name, run, outcome):
+                target.write(file, text)
+            outcome.status = "VM-EXPORT-FAIL" if snapshot.of_vm else "VDI-EXPORT-FAIL"
+            outcome.say("%s begins, about %s to expect" % (choice.kind, size_text(plan.expected)))
+            activity.doing = "export"
+            saved = save(snapshot.stream(settings, activity), plan.file + ".partial", target.fd,
+                         snapshot.prover(plan.file))
+            vouch(saved, outcome)
+            outcome.folder = target.publish(plan.file, saved, settings.backup_dir)
+            outcome.say("*** success: %s : %s" % (plan.file, size_text(saved.size)))
+            activity.doing = "clean-up"
         target.prune(plan.policy, vm["uuid"])
 
 
-def check_name(choice, meeting=()):
+def check_name(choice, meeting):
     """Raises Refused unless just one VM bears the name, and no other chosen one its folder."""
     several = len(choice.refs)
     if several != 1:
@@ -3331,7 +3235,7 @@ def check_name(choice, meeting=()):
                       else "no VM bears this name")
     if choice.name in meeting:
         raise Refused("its folder would be that of another chosen VM too (%s): rename one"
-                      % ", ".join(sorted(set(meeting[choice.name]) - {choice.name})))
+                      % ", ".join(sorted(meeting[choice.name] - {choice.name})))
 
 
 def look_up(xapi, choice, outcome):
@@ -3365,22 +3269,19 @@ def vouch(saved, outcome):
 def metadata(xapi, plan, snapshot, folder, run, outcome):
     """Yields (file, text) of what lies beside the export: values as of the snapshot (of a
     vdi-export as of the VM), uuids of the originals."""
-    own = []
+    own, vm, disks = [], plan.vm, plan.disks
+    if snapshot.of_vm:
+        vm, disks = snapshot.record, snapshot.disks
     try:
         yield "vm-metadata.xml", fetch_ova(xapi, plan.ref, Activity(plan.choice.name))
     except BackupError as error:
         outcome.warn("no vm-metadata.xml: %s" % error)
         own = [("vm_metadata", "none")]  # so that verify knows that it never was there
-    vm = snapshot.record if snapshot.of_vm else plan.vm
-    disks = snapshot.disks if snapshot.of_vm else plan.disks
     guests = (vm.get("guest_metrics", NULL), plan.vm.get("guest_metrics", NULL))
     guest = next(iter(xapi.records("VM_guest_metrics", guests).values()), {})
     os_version = re.split(r"[|;]", guest.get("os_version", {}).get("name", ""))[0].strip()
-    left_out = ["%s: %s" % (disk.label, disk.vdi["name_label"])
-                for disk in plan.disks if disk.left_out]
     own += [("base_template_name", vm["other_config"].get("base_template_name", "")),
             ("os_version", os_version), ("orig_uuid", plan.vm["uuid"])]
-    own += [("disks_left_out", ", ".join(left_out))] if left_out else []
     yield "vm.cfg", cfg(dict(vm, name_label=plan.choice.name), (
         "name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup"),
         own)
@@ -3398,23 +3299,12 @@ def metadata(xapi, plan, snapshot, folder, run, outcome):
     vifs = sorted(xapi.records("VIF", vm["VIFs"]).values(), key=lambda vif: vif["device"].zfill(4))
     uuids = {vif["device"]: vif["uuid"] for vif in xapi.records("VIF", plan.vm["VIFs"]).values()}
     networks = xapi.records("network", [vif["network"] for vif in vifs])
-    names = {vif["device"]: networks.get(vif["network"], {}).get("name_label", "") for vif in vifs}
     for vif in vifs:
-        record = dict(vif, network_name_label=names[vif["device"]])
+        vif["network_name_label"] = networks.get(vif["network"], {}).get("name_label", "")
         yield "VIFs/%s.cfg" % folder_name("vif-" + vif["device"]), cfg(
-            record, ("device", "network_name_label", "MTU", "MAC", "other_config"),
+            vif, ("device", "network_name_label", "MTU", "MAC", "other_config"),
             [("orig_uuid", uuids.get(vif["device"], vif["uuid"]))])
-    exported = disks if snapshot.of_vm else [first_disk(plan.disks)]
-    sr = plan.srs.get(exported[0].vdi["SR"], {}) if exported else {}
-    yield "RESTORE.txt", restore_note(types.SimpleNamespace(
-        name=plan.choice.name, folder=folder, file=plan.file, kind=plan.choice.kind,
-        compress=run.settings.compress, backup_dir=run.settings.backup_dir,
-        sr_name=sr.get("name_label", ""), sr_uuid=sr.get("uuid", ""), pool=run.pool, host=run.host,
-        memory=vm.get("memory_dynamic_max", ""), vcpus=vm.get("VCPUs_max", ""),
-        uuid=plan.vm["uuid"],
-        disks=[(disk.label, disk.vdi["name_label"], int(disk.vdi["virtual_size"]),
-                disk.vdi["uuid"]) for disk in exported],
-        networks=[(vif["device"], names[vif["device"]], vif["MAC"]) for vif in vifs]))
+    yield "RESTORE.txt", restore_note(run, plan, vm, snapshot.disks, vifs, folder)
 
 
 def cfg(record, keys, more):
@@ -3428,31 +3318,28 @@ def cfg(record, keys, more):
 
 def fetch_ova(xapi, ref, activity):
     """The ova.xml of the VM's /export_metadata, indented where it is not huge."""
-    import tarfile
     from xml.dom import minidom
 
-    query, data = {"ref": ref, "export_snapshots": "false"}, bytearray()
+    query = {"ref": ref, "export_snapshots": "false"}
     with Stream(xapi, "/export_metadata", query, activity) as stream:
-        for piece in ring(stream.readinto):
-            data += piece
-            if len(data) > METADATA_LIMIT:
+        reader = Reader(ring(stream.readinto), "the beginning of /export_metadata")
+        data = take_ova(reader)
+        reader.skip(1024)  # the end of the archive
+        while reader.some(MIB):
+            if reader.at > METADATA_LIMIT:
                 raise BackupError("/export_metadata gave more than %s" % size_text(METADATA_LIMIT))
         stream.verdict()
-    if len(data) % 512 or not data.endswith(bytes(1024)):
-        raise BackupError("/export_metadata was cut off")
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            text = archive.extractfile("ova.xml").read()
-            if len(text) > INDENT_LIMIT:
-                return text.decode("utf-8")
-            return minidom.parseString(text).toprettyxml("  ")  # noqa: S318
-    except Exception as error:  # tarfile and expat raise nearly anything at other bytes
+        if len(data) > INDENT_LIMIT:
+            return data.decode("utf-8")
+        return minidom.parseString(bytes(data)).toprettyxml("  ")  # noqa: S318
+    except Exception as error:  # expat raises nearly anything at other bytes
         raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
 
 
 # ============================== choice and preview ==============================
 
-PROBE = ".vmbackup-probe-"  # in backup_dir, and a process number behind it
+PROBE = ".vmbackup-probe-%s-" % short_host_name()  # in backup_dir, and a process number behind it
 
 
 def candidates(xapi, log):
@@ -3466,14 +3353,6 @@ def candidates(xapi, log):
             else:
                 found[ref] = vm
     return found
-
-
-def names_of(vms):
-    """{name: [ref, ...]} of the candidates."""
-    names = collections.defaultdict(list)
-    for ref, vm in vms.items():
-        names[vm["name_label"]].append(ref)
-    return dict(names)
 
 
 def tell_choice(settings, selection, log):
@@ -3511,69 +3390,51 @@ def tell_choice(settings, selection, log):
             " that only= matches" if settings.only else ""))
 
 
-def meeting_names(backup_dir, names):
-    """{name: [names]} of the VMs whose folders would be one and the same: long names that are cut
-    alike, and where the file system folds case or Unicode forms. Tried out where it may be."""
-    groups, meeting = collections.defaultdict(list), {}
+def try_out(settings, names):
+    """What one probe of backup_dir tells, gone afterwards: (the error of a new backup's name that
+    its file system refuses, or None; {VM's name: the names that lead to one folder}: long names
+    that are cut alike, and where case or Unicode forms are folded). Raises ConfigError unless
+    something can be made there."""
+    alike, meeting, refused = collections.defaultdict(list), collections.defaultdict(set), None
     for name in names:
-        groups[unicodedata.normalize("NFC", folder_name(name)).casefold()].append(name)
-    for group in groups.values():
-        for first, second in itertools.combinations(group, 2):
-            same = folder_name(first) == folder_name(second)
-            if same or _one_folder(backup_dir, folder_name(first), folder_name(second)):
-                for name in (first, second):
-                    meeting.setdefault(name, []).extend([first, second])
-    return meeting
-
-
-def _one_folder(backup_dir, first, second):
-    with contextlib.suppress(OSError), probing(backup_dir, first) as folder:
-        return os.path.lexists(os.path.join(folder, native(second)))
-    return False
-
-
-@contextlib.contextmanager
-def probing(backup_dir, name):
-    """The path of a folder of its own in backup_dir in which, while this lasts, there is one of
-    this name. What a killed process left of its own goes, too."""
-    for left in os.listdir(backup_dir):
-        if left.startswith(PROBE) and not os.path.exists("/proc/" + left[len(PROBE) :]):
-            remove_probe(os.path.join(backup_dir, left))
-    folder = os.path.join(backup_dir, "%s%d" % (PROBE, os.getpid()))
-    os.mkdir(folder, 0o700)
+        alike[unicodedata.normalize("NFC", folder_name(name)).casefold()].append(name)
+    remove_probes(settings.backup_dir)
+    probe = os.path.join(settings.backup_dir, "%s%d" % (PROBE, os.getpid()))
+    new = datetime.datetime.now().strftime(settings.backup_dir_pattern)
     try:
-        os.mkdir(os.path.join(folder, native(name)), 0o700)
-        yield folder
-    finally:
-        remove_probe(folder)
-
-
-def remove_probe(folder):
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            os.rmdir(os.path.join(folder, name))
-        os.rmdir(folder)
-
-
-def check_writable(path):
-    """Raises ConfigError unless a file can be made in backup_dir (it leaves none)."""
-    import tempfile
-
-    try:
-        tempfile.TemporaryFile(dir=path, prefix=".vmbackup-").close()
+        os.mkdir(probe, 0o700)
+        os.mkdir(os.path.join(probe, native(new)), 0o700)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
+        if error.errno in NAME_REFUSED and os.path.exists(probe):
+            refused = Refused("the file system of backup_dir refuses a folder called %s: set"
+                              " backup_dir_pattern=backup-%%Y-%%m-%%d-%%H-%%M-%%S" % new)
+        elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
             raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
+    for group in alike.values():
+        for pair in itertools.combinations(group, 2):
+            first, second = (os.path.join(probe, native(folder_name(name))) for name in pair)
+            same = first == second
+            with contextlib.suppress(OSError):
+                os.mkdir(first, 0o700)
+                same = os.path.lexists(second)
+                os.rmdir(first)
+            for name in pair if same else ():
+                meeting[name].update(pair)
+    remove_probes(settings.backup_dir)
+    return refused, meeting
 
 
-def check_pattern(settings):
-    """The error with which backup_dir's file system refuses the name of a new folder, or None."""
-    name = datetime.datetime.now().strftime(settings.backup_dir_pattern)
-    try:
-        with probing(settings.backup_dir, name):
-            return None
-    except OSError as error:
-        return refused_name(name) if error.errno in NAME_REFUSED else None
+def remove_probes(backup_dir):
+    """Removes the probes of this process and of killed ones of this host: only empty folders."""
+    with contextlib.suppress(OSError):
+        for probe in os.listdir(backup_dir):
+            pid, path = probe[len(PROBE) :], os.path.join(backup_dir, probe)
+            if probe.startswith(PROBE) and (
+                    pid == str(os.getpid()) or not os.path.exists("/proc/" + pid)):
+                for _, names, _, fd in os.fwalk(path, topdown=False):
+                    for name in names:
+                        os.rmdir(name, dir_fd=fd)
+                os.rmdir(path)
 
 
 def preview_vms(run, xapi, vms, selection):
@@ -3581,37 +3442,31 @@ def preview_vms(run, xapi, vms, selection):
     calls does not depend on the pool. Returns the exit status."""
     settings, log = run.settings, run.log
     pool = types.SimpleNamespace(
-        vms=vms, vdis=xapi.all("VDI"), srs=xapi.all("SR"), free=run.free_bytes(),
+        vms=vms, vdis=xapi.all("VDI"), srs=xapi.all("SR"), free=run.free(), total=0, told=[],
         plugged={pbd["SR"] for pbd in xapi.all("PBD").values() if pbd["currently_attached"]},
-        vbds=collections.defaultdict(list), probe=check_pattern(settings))
+        vbds=collections.defaultdict(list), warnings=[])
     for vbd in xapi.all("VBD").values():
         pool.vbds[vbd["VM"]].append(vbd)
-    rows, told, warned, failed, total = [], [], [], {}, 0
+    rows, failed = [], {}
     for choice in sorted(selection.choices, key=lambda choice: choice.name.lower()):
         try:
             check_name(choice, run.meeting)
-            cells, expected, texts, warn, error = _preview_vm(run, choice, pool)
-        except (OSError, BackupError) as problem:
-            cells, expected, texts, warn, error = [], 0, [], [], problem
-        total += expected
-        told += ["%s: %s" % (choice.name, text) for text in texts]
-        warned += ["***WARNING - %s: %s" % (choice.name, text) for text in warn]
-        if error:
-            failed[choice.name] = "***ERROR - %s: %s" % (choice.name, describe(error))
+            cells = _preview_vm(run, choice, pool)
+        except (OSError, BackupError) as error:
+            failed[choice.name] = describe(error)
             cells = ["ERROR: %s" % describe(error)]
         rows.append([choice.name, choice.kind] + cells)
     rows.sort(key=len)  # those that fail first
     rows.insert(0, ["VM", "kind", "disks", "to expect", "there/kept", "would go"])
-    settings.warnings += warned
-    for line in (table(rows, right=(2, 3, 4)) if rows[1:] else []) + told + warned:
+    settings.warnings += pool.warnings
+    for line in (table(rows, right=(2, 3, 4)) if rows[1:] else []) + pool.told + pool.warnings:
         log(line)
-    for text in failed.values():
-        log(text)
-    free = run.free_bytes(checked=False)
-    room = "" if free is None else ", %s free" % size_text(free)
-    if room and total > free:
-        room += ": the last ones may not fit"
-    log("together about %s to expect%s" % (size_text(total), room))
+    for pair in failed.items():
+        log("***ERROR - %s: %s" % pair)
+    free = free_bytes(settings.backup_dir)
+    log("together about %s to expect%s%s" % (
+        size_text(pool.total), "" if free is None else ", %s free" % size_text(free),
+        ": the last ones may not fit" if free is not None and pool.total > free else ""))
     mail = "none" if not settings.mail_to or settings.mail_when == "never" else (
         "to %s (%s)" % (", ".join(settings.mail_to), settings.mail_when))
     reports = [path for path in (settings.report_json, settings.metrics_file) if path]
@@ -3628,7 +3483,8 @@ def preview_vms(run, xapi, vms, selection):
 
 
 def _preview_vm(run, choice, pool):
-    """(cells of the table, bytes to expect, lines, warnings, why the run would fail or None)."""
+    """The cells of the table. What is to be told or expected is added to the pool's; raises why
+    the run would fail."""
     settings, name, ref = run.settings, native(folder_name(choice.name)), choice.refs[0]
     disks, folders, warn = list_disks(pool.vbds[ref], pool.vdis), [], []
     with opened(settings.backup_dir) as top, contextlib.ExitStack() as stack:
@@ -3636,8 +3492,8 @@ def _preview_vm(run, choice, pool):
             vm_fd = open_vm_folder(name, top)
             stack.callback(os.close, vm_fd)
             folders = scan(vm_fd, run.patterns, name)
-        plan = plan_vm(settings, choice, pool.vms[ref], disks, folders, pool.free, pool.probe,
-                       pool.srs)
+        plan = plan_vm(settings, choice, pool.vms[ref], disks, pool.srs, folders, pool.free,
+                       run.refused)
         begun = [item.name for item in folders if item.created is not None and item.unfinished]
         for old in plan.doomed + begun:
             try:
@@ -3647,24 +3503,28 @@ def _preview_vm(run, choice, pool):
             except (OSError, BackupError) as error:
                 why = describe(error)
             warn += ["%s cannot be deleted: %s" % (old, why)] if why else []
-    told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), rules_text(plan.policy))
-            ] if plan.doomed else []
+    rules = ["%s %d" % rule for rule in zip(plan.policy._fields, plan.policy) if rule[1]]
+    told = ["would delete %s (beyond %s)" % (", ".join(plan.doomed), ", ".join(rules))
+            ] * bool(plan.doomed)
     told += ["would remove the unfinished backup %s" % old for old in begun]
     told += left_out_texts(disks) + ["NOTE - %s" % text for text in plan.notes]
-    used = [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref]]
-    away = [XapiError(["NO_HOSTS_AVAILABLE", vdi["name_label"]]) for vdi in used
-            if vdi and vdi["SR"] not in pool.plugged and choice.kind == "vm-export"]
-    gone = [re.sub("^backup-", "", old) for old in plan.doomed]
-    cells = [str(sum(not disk.left_out for disk in disks)), size_text(plan.expected),
-             "%d/%d" % (len(backups(folders)), len(plan.kept)),
-             plural(len(gone), "backup") if gone[1:] else "".join(gone) or "-"]
-    refused = plan.refusal[1:] if plan.refusal else tuple(away)
-    return cells, plan.expected, told, warn, refused[0] if refused else None
+    pool.total += plan.expected
+    pool.told += ["%s: %s" % (choice.name, text) for text in told]
+    pool.warnings += ["***WARNING - %s: %s" % (choice.name, text) for text in warn]
+    if plan.refusal:
+        raise plan.refusal[1]
+    for vdi in [pool.vdis.get(vbd["VDI"]) for vbd in pool.vbds[ref]]:
+        if vdi and vdi["SR"] not in pool.plugged and choice.kind == "vm-export":
+            raise XapiError(["NO_HOSTS_AVAILABLE", vdi["name_label"]])
+    return [str(sum(not disk.left_out for disk in disks)), size_text(plan.expected),
+            "%d/%d" % (len(backups(folders)), len(plan.kept)),
+            gone_text(plan.doomed) or "-"]
 
 
-def rules_text(policy):
-    """'last 4, daily 7' of a Policy."""
-    return ", ".join("%s %d" % pair for pair in zip(policy._fields, policy) if pair[1])
+def gone_text(folders):
+    """'2 backups', or just one's date."""
+    date = "".join(folders).replace("backup-", "")
+    return plural(len(folders), "backup") if folders[1:] else date
 
 
 # ============================== the run ==============================
@@ -3691,12 +3551,11 @@ def run_table(run):
         if item.error:  # nothing is as important as the reason: it takes the other columns, too
             rows.append([name, RESULTS[item.result], item.error])
             continue
-        names = [re.sub("^backup-", "", folder) for folder in item.pruned]
-        gone = plural(len(names), "backup") if names[1:] else "".join(names)
+        gone = ["deleted " + gone_text(item.pruned)] if item.pruned else []
         rows.append([name, RESULTS[item.result], size_text(item.bytes) if item.bytes else "",
                      time_text(item.seconds) if item.seconds else "",
                      rate_text(item.bytes / item.transfer_seconds) if item.transfer_seconds else "",
-                     "; ".join(item.warnings + item.notes + (["deleted " + gone] if gone else []))])
+                     "; ".join(item.warnings + item.notes + gone)])
     failed, free = [name for name, item in items if item.error], free_bytes(run.settings.backup_dir)
     notes = ["%s left" % size_text(free)] if free is not None else []
     notes += ["%d failed: %s" % (len(failed), ", ".join(failed))] if failed else []
@@ -3721,8 +3580,8 @@ class Run:
         self.exit_status, self.error, self.begun = 3, None, False
         self.outcomes, self.pool_database = [], None
         self.not_in_backup = self.pool_vms = None
-        self.meeting = {}  # see meeting_names
-        self._targets, self._reserved, self._planning = set(), {}, threading.Lock()
+        self.refused, self.meeting = None, {}  # see try_out
+        self.planning, self._touched = threading.Lock(), 0.0
 
     def execute(self, hosts, credentials, preview):
         """Connects, chooses, and previews or backs up. Returns the exit status. The main thread
@@ -3730,12 +3589,14 @@ class Run:
         new_xapi = functools.partial(Xapi, hosts, credentials, self.log, self.watch)
         xapi, watch = new_xapi(), self.watch
         try:
-            vms = watch.do(self._connect, xapi)
-            selection = watch.pure(select, self.settings.rules, names_of(vms), self.settings.only)
-            self.pool_vms = sorted(names_of(vms))
-            self.not_in_backup = selection.left
+            vms, names = watch.do(self._connect, xapi), {}
+            for ref, vm in vms.items():
+                names.setdefault(vm["name_label"], []).append(ref)
+            selection = watch.pure(select, self.settings.rules, names, self.settings.only)
+            self.pool_vms, self.not_in_backup = sorted(names), selection.left
+            watch.do(self._prepare, selection)
             if preview:
-                return watch.do(self._preview, xapi, vms, selection)
+                return watch.do(preview_vms, self, xapi, vms, selection)
             del vms  # thousands of records are not held while the exports run
             return watch.do(self._back_up, xapi, new_xapi, selection)
         except ConnectionLost:
@@ -3756,17 +3617,11 @@ class Run:
     def _prepare(self, selection):
         """What run and preview look at alike before the first VM."""
         tell_choice(self.settings, selection, self.log)
-        check_writable(self.settings.backup_dir)
         names = [choice.name for choice in selection.choices]
-        self.meeting = meeting_names(self.settings.backup_dir, names)
-
-    def _preview(self, xapi, vms, selection):
-        self._prepare(selection)
-        return preview_vms(self, xapi, vms, selection)
+        self.refused, self.meeting = try_out(self.settings, names)
 
     def _back_up(self, xapi, new_xapi, selection):
         """Backs up the pool database if asked, and the VMs, `parallel` at a time."""
-        self._prepare(selection)
         self.log("VmBackup running on %s, pool %s, host %s"
                  % (short_host_name(), self.pool, self.host))
         self.begun = True
@@ -3821,8 +3676,19 @@ class Run:
         if not earlier and not stopped and outcome is not self.pool_database:
             self.status(outcome.kind, "begin", outcome.name)
         if not stopped:  # else nothing is begun, nor begun again
-            with outcome.recorded(self.watch), self.watch.activity(label) as activity:
-                work(xapi, outcome, activity)
+            begin, outcome.error, outcome.status = time.monotonic(), None, "ERROR"
+            outcome.attempts += 1
+            try:
+                with self.watch.activity(label) as activity:
+                    work(xapi, outcome, activity)
+            except (Exception, Interrupted) as error:
+                broken = isinstance(error, ConnectionLost) and self.watch.signum  # by the stop
+                outcome.error = reason_of(Interrupted(self.watch.signum) if broken else error)
+                outcome.final = getattr(error, "final", False)
+                outcome.locked = isinstance(error, LockedError)
+                outcome.status = "ERROR locked" if outcome.locked else outcome.status
+                debug(outcome.say)
+            outcome.seconds += time.monotonic() - begin
         outcome.skipped = not outcome.attempts
         if outcome.error and not outcome.final and tries_left and not self.watch.signum:
             outcome.say("failed, to be tried again when all others are done: %s" % outcome.error)
@@ -3853,21 +3719,20 @@ class Run:
     def _dump(self, xapi, outcome, activity):
         """Dumps the pool's database to METADATA_SERVER/pool_db_YYYYMMDD-HHMMSS.dump and keeps the
         max_backups newest."""
-        backup_dir, own = self.settings.backup_dir, folder_name(outcome.name)
-        with opened(backup_dir) as top, Lock(top, own), contextlib.ExitStack() as stack:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(native(own), 0o700, dir_fd=top)
-            fd = stack.enter_context(opened(native(own), top))
-            dumps = sorted(name for name in os.listdir(fd) if POOL_DUMP.match(name))
-            for name in dumps:
-                if name.endswith(".partial"):
-                    os.unlink(name, dir_fd=fd)
-            dumps = [name for name in dumps if name.endswith(".dump")]
-            moment, name = datetime.datetime.now(), None
-            while name in (None,) + tuple(dumps):
-                name = moment.strftime("pool_db_%Y%m%d-%H%M%S.dump")
+        own, pattern = native(folder_name(outcome.name)), "pool_db_%Y%m%d-%H%M%S.dump"
+        path = os.path.join(self.settings.backup_dir, own)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        with opened(self.settings.backup_dir) as top, Lock(top, from_argv(own)), \
+                opened(own, top) as fd:
+            there = sorted(filter(POOL_DUMP.match, os.listdir(fd)))
+            dumps = [name for name in there if name.endswith(".dump")]
+            for name in set(there).difference(dumps):
+                os.unlink(name, dir_fd=fd)
+            moment, tables = datetime.datetime.now(), ()
+            while moment.strftime(pattern) in dumps:
                 moment += datetime.timedelta(seconds=1)
-            tables = ()
+            name = moment.strftime(pattern)
             with contextlib.suppress(IndexError, BackupError, OSError), open(
                     open_file(dumps[-1], fd), "rb", buffering=0) as file:
                 tables = dump_tables(ring(file.readinto))  # the last may be damaged
@@ -3880,7 +3745,7 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.unlink(name + ".partial", dir_fd=fd)
             sync(fd)
-            outcome.folder, outcome.file = os.path.join(backup_dir, native(own)), name
+            outcome.folder, outcome.file = path, name
             vouch(saved, outcome)
             self.log("pool database saved: %s, %s" % (name, size_text(saved.size)))
             for old in dumps[: max(len(dumps) + 1 - self.settings.max_backups, 0)]:
@@ -3892,42 +3757,21 @@ class Run:
 
     # --- what the VMs share ---
 
-    @contextlib.contextmanager
-    def touching(self, target):
-        """While this lasts, the target's folder is told to be at work."""
-        self._targets.add(target)
-        try:
-            yield
-        finally:
-            self._targets.discard(target)
-
     def _show(self, activities):
-        for target in list(self._targets):
-            target.touch()
+        if time.monotonic() - self._touched > TOUCH_EVERY:
+            self._touched = time.monotonic()
+            for activity in activities:
+                activity.touch()
         self.log.progress(activities)
 
-    @contextlib.contextmanager
-    def room_for(self, name, plan_for, activity):
-        """The plan for a VM; the bytes that it expects are held back from those that begin while
-        it is exported."""
-        with self._planning:
-            free = self.free_bytes()
-            if free is not None:
-                free -= sum(max(expected - other.done, 0)
-                            for expected, other in self._reserved.values())
-            plan = plan_for(free=free)
-            self._reserved[name] = plan.expected, activity
-        try:
-            yield plan
-        finally:
-            with self._planning:
-                del self._reserved[name]
-
-    def free_bytes(self, checked=True):
-        """Bytes that backups may take; None where that is not to be checked, or nothing tells."""
-        if checked and not self.settings.space_check:
-            return None
-        return free_bytes(self.settings.backup_dir)
+    def free(self, mine=None):
+        """Bytes that backups may take, without those that others under way still expect; None where
+        that is not to be checked, or nothing tells. mine: the Activity that asks."""
+        free = free_bytes(self.settings.backup_dir) if self.settings.space_check else None
+        if free is not None:
+            free -= sum(max(other.expected - other.done, 0) for other in self.watch.activities[:]
+                        if other is not mine)
+        return free
 
     def _space(self):
         path = self.settings.backup_dir

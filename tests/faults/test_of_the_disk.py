@@ -44,12 +44,13 @@ def test_the_disk_fails_once_at_every_change(turn, tmp_path, shim, tally):
     site = turn(pool_of_sizes(web=8192))
     ledger, failed, step, clean = with_old_backups(site, "max_backups=3"), 0, 1, 0
     with Forks(tmp_path, preload=shim) as forks:
-        while clean < 6:  # a failure of the first probe or of a lock's removal does no harm
+        while clean < 6:  # a failure of a lock's removal does no harm
             number = (errno.EIO, errno.ENOSPC)[step % 2]
             run = forks.run(site, env={"SHIM_TREE": str(site.backups), "SHIM_FAIL": str(step),
                                        "SHIM_ERRNO": str(number)})
             told = [line for line in run.out.splitlines() if "***ERROR***" in line]
-            assert (run.status, len(told)) in ((0, 0), (2, 1)), run
+            assert (run.status, len(told)) in ((0, 0), (2, 1)) or run.status == 3 and (
+                "backup_dir is not writable" in run.out), run
             clean = clean + 1 if run.status == 0 else 0
             if told:
                 failed += 1
