@@ -1089,10 +1089,13 @@ class Reader:
                 raise ArchiveError("it is cut off at %s (byte %d)" % (self.where, self.at))
             yield view
 
-    def take(self, size):
-        data = bytearray()
+    def take(self, size, data=b""):
+        """The next `size` bytes, in the bytearray `data` if it has just that size."""
+        data = data if len(data) == size else bytearray(size)
+        rest = memoryview(data)  # a bytearray itself would copy twice
         for view in self.stream(size):
-            data += view
+            rest[: len(view)] = view
+            rest = rest[len(view) :]
         return data
 
     def skip(self, size):
@@ -1204,16 +1207,17 @@ def take_ova(reader):
 
 def read_chunks(reader):
     """(disk's id, number, name, bytes, whether its hash proved it) of each chunk, which the member
-    with its hash follows, up to the end: (None, 0, "", b"", True)."""
+    with its hash follows, up to the end: (None, 0, "", b"", True). The bytes are valid until the
+    next is asked for."""
     hashes = {".xxhash": find_xxh64(),  # or None
               ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
-    block = reader.take(512)
+    block, data = reader.take(512), b""
     while block.strip(b"\0"):
         name, size = read_member(reader, block)
         match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
         if not match or size > 64 * MIB:
             raise ArchiveError("unexpected member %r" % name)
-        data = reader.take(size)
+        data = reader.take(size, data)  # one buffer for all: memory is counted, too
         reader.skip(-size % 512)
         member, length = read_member(reader, reader.take(512))
         kind = member[len(name):]
