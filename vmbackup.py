@@ -863,7 +863,10 @@ def look_into(fd):
     for path in list(sums):  # a file server may list names in another Unicode form
         if nfc(path) == nfc(exports[0]):
             sums[exports[0]] = sums.pop(path)
-    return exports[0], sums, text.startswith(b"created=")
+    ours = text.startswith(b"created=")
+    if (sums or ours) and exports[0] not in sums:
+        raise ArchiveError("SHA256SUMS does not list %s" % exports[0])
+    return exports[0], sums, ours
 
 
 def scan(vm_fd, patterns, vm=None):
@@ -2000,12 +2003,8 @@ SILENCE = 30  # seconds after which the host is asked how a stream's task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 STALLED = 3600  # seconds in which neither a byte nor the task's progress moved: given up
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
-IMPORT_ENDS = 600  # the same for a PUT: a host that clears away a broken import takes its time
+IMPORT_ENDS = 600  # the same for a PUT: to clear away a broken import takes its time
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
-
-
-class Elsewhere(XapiError):
-    """Another pool member is to have the request: stream.endpoint leads there by now."""
 
 
 def make_adapter(stream):
@@ -2050,10 +2049,11 @@ class Stream:
     """One GET or PUT at XAPI with a task of its own, as a context manager.
 
     GET: `readinto(view)` until it returns 0, then `verdict()`. PUT (put=True): the task is there
-    before anything is sent, for whoever notes it; `send(body)`, then `verdict()`. Left without a
-    verdict, the task is cancelled; a PUT then waits until the host has cleared away what it began.
+    before anything is sent, for whoever notes it; `open(length)`, `send(pieces)`, `verdict()`. Left
+    without a verdict, the task is cancelled; a PUT then waits until the host has cleared away what
+    it began.
 
-    query: without session_id and task_id; until send() it may be completed. endpoint: another than
+    query: without session_id and task_id; until open() it may be completed. endpoint: another than
     the session's. at_work: whether the host may be at work on the task. result: the refs of what
     an import made, once verdict() was True.
     """
@@ -2063,7 +2063,7 @@ class Stream:
         self._path, self._query, self._put = path, query, put
         self._given = self.endpoint = endpoint
         self.task = self.sock = self._answer = self._body = None
-        self.at_work, self.result, self._hops = False, [], 0
+        self.at_work, self.result = False, []
         self._reason = None  # why it was given up
         self._name = "the %s's task" % ("import" if put else "export")
         self._asked = self._answered = time.monotonic()
@@ -2075,7 +2075,7 @@ class Stream:
             self.activity.begin()
             self.watch.streams.add(self)
             if not self._put:
-                self._open()
+                self.open()
             return self
         except BaseException:
             self.__exit__()
@@ -2085,20 +2085,25 @@ class Stream:
         self.task = self.xapi.call("task.create", "vmbackup: " + self.activity.label, "")
         self.endpoint = self.endpoint or self.xapi.endpoint
 
-    def _open(self):
-        """Opens a GET, following redirects to pool members; logs in anew once after 401.
+    def open(self, length=0):
+        """Sends the request's head, follows redirects to pool members, and waits for the answer's.
+        Logs in anew once after 401 (a PUT's task is noted elsewhere). length: of a PUT's body.
 
         Raises XapiError with the task's own reason where the host gives one.
         """
-        status, renewed = None, False
-        while status != 200:
+        hops, renewed = 5, self._put
+        while not self.at_work:
             try:
-                status = self._request("GET")
-            except Elsewhere:
-                continue
+                status, location = self._request(length)
             except ConnectionLost as error:
                 raise self.failure() or error from None
-            if status == 401 and not renewed:
+            if status in (301, 302, 307, 308) and location:
+                self._disconnect()
+                hops -= 1
+                if not hops:
+                    raise BackupError("the hosts send each other the request in a circle")
+                self.endpoint = self.xapi.at("/".join(location.split("?")[0].split("/")[:3]))
+            elif status == 401 and not renewed:
                 self._disconnect()
                 renewed, self.endpoint = True, self._given
                 with contextlib.suppress(XapiError):
@@ -2106,36 +2111,28 @@ class Stream:
                 self._make_task()
             elif status != 200:
                 raise self._refusal(status)
-        self.at_work = True
+            self.at_work = status == 200
 
-    def _request(self, method, body=None, length=0):
-        """Sends the request and waits for the head, however long the host takes. Returns the
-        status; raises ConnectionLost, or Elsewhere for a redirect, which keeps path and query."""
+    def _request(self, length):
+        """(status, Location) of one attempt, however long the host takes. A PUT's body does not go
+        out with it: XAPI answers before it reads (import.ml), and a redirect costs nothing so."""
         import requests
 
         self.watch.check()
         query = dict(self._query, session_id=self.xapi.handle, task_id=self.task)
         url = "http://xapi%s?%s" % (self._path, urllib.parse.urlencode(query))
         headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-        request = requests.Request(method, url, headers).prepare()
-        if body is not None:
-            request.body, request.headers["Content-Length"] = body, str(length)
+        request = requests.Request("PUT" if self._put else "GET", url, headers).prepare()
+        if self._put:
+            request.headers["Content-Length"] = str(length)
         try:
             self._answer = answer = make_adapter(self).send(request, stream=True)
-        except BackupError:  # of the body, or the certificate
+        except BackupError:  # of the certificate
             raise
         except Exception as error:  # requests' and urllib3's
             raise self._lost(error) from error
         self.activity.note(0)
-        location = answer.headers.get("Location", "")
-        if answer.status_code in (301, 302, 307, 308) and location:
-            self._disconnect()
-            self.at_work, self._hops = False, self._hops + 1
-            if self._hops > 5:
-                raise BackupError("the hosts send each other the request in a circle")
-            self.endpoint = self.xapi.at("/".join(location.split("?")[0].split("/")[:3]))
-            raise Elsewhere(["REDIRECT"])
-        return answer.status_code
+        return answer.status_code, answer.headers.get("Location", "")
 
     def response(self, *args, **options):
         """urllib3's response_class: keeps http.client's own response, whose readinto fills the
@@ -2174,34 +2171,19 @@ class Stream:
         self.watch.throttle(count)
         return count
 
-    def send(self, pieces, length):
-        """Uploads `length` bytes, an iterator of pieces.
-
-        Raises what the pieces raise, but for OSErrors, and where the host refuses before it began
-        anything XapiError, or Elsewhere: then it may be called again. However the connection ends
-        after that, the task has the only say: the host answers before it reads, and reads no more
-        than it wants.
-        """
-        try:
-            status = self._request("PUT", self._counted(pieces), length)
-            if status != 200:
-                raise self._refusal(status)
-            while self.readinto(memoryview(bytearray(16384))):
-                pass  # it closes when its task has ended
-        except ConnectionLost:
-            if self._reason or not self.at_work:
-                raise
-        except XapiError:
-            self.at_work = False
-            raise
-
-    def _counted(self, pieces):
-        """The pieces, counted and at the rate."""
-        self.at_work = True
+    def send(self, pieces):
+        """Uploads an iterator of pieces; raises what they raise. However the connection ends, the
+        task has the only say: the host reads no more than it wants."""
         for piece in pieces:
             self.watch.check()
             self.watch.throttle(len(piece))
-            yield piece
+            try:
+                self.sock.sendall(piece)
+            except OSError:
+                self.watch.check()
+                if self._reason:
+                    raise ConnectionLost(self._reason) from None
+                return
             self.activity.note(len(piece))
 
     def ask(self):
@@ -3136,7 +3118,7 @@ MAC addresses are new unless asked for (preserve=true).
      So made (by curl, too) it is called RESTORE_NAME. With the uuid that this prints for UUID:
        xe vm-param-set uuid=UUID name-label={vm}
 """, """\
-       curl --cacert CA --user root -T {file} 'https://{address}/import?sr_uuid={sr}'
+       curl -g --cacert CA --user root -T {file} 'https://{address}/import?sr_uuid={sr}'
 """, """\
        vmbackup.py extract {folder} to=.
 """)
@@ -3149,7 +3131,7 @@ first (memory and CPUs above, more in vm.cfg, VIFs and vm-metadata.xml).
        xe vdi-import uuid=VDI filename={file} format={form}
        xe vbd-create vm-uuid=VM vdi-uuid=VDI device=0 bootable=true mode=RW type=Disk
 """, """\
-       curl --cacert CA --user root -T {file} 'https://{address}/import_raw_vdi?vdi=VDI&format={form}'
+       curl -g --cacert CA --user root -T {file} 'https://{address}/import_raw_vdi?vdi=VDI&format={form}'
      VDI is the uuid of a new disk of at least {size} bytes. Never name one that is in use.
 """, """\
        qemu-img convert -f {qemu} -O qcow2 {file} disk.qcow2
@@ -3161,13 +3143,14 @@ def restore_note(run, plan, vm, disks, vifs, folder):
     exported; folder: the name of the backup's."""
     whole, name = plan.choice.kind == "vm-export", plan.choice.name
     sr = plan.srs.get(disks[0].vdi["SR"], {}) if disks else {}
-    path = os.path.join(run.settings.backup_dir, native(folder_name(name)), folder)
+    path = os.path.abspath(os.path.join(
+        run.settings.backup_dir, native(folder_name(name)), folder))
     form = plan.file.rpartition(".")[2]
     address = "HOST" if run.host.startswith("/") else run.host  # the socket is dom0's own
     words = {
         "what": "the VM" if whole else "the first disk of the VM", "name": printable(name),
         "pool": printable(run.pool), "address": address, "run": run, "plan": plan,
-        "file": shlex.quote(plan.file), "folder": shlex.quote(from_argv(path)),
+        "file": shlex.quote("./" + plan.file), "folder": shlex.quote(from_argv(path)),
         "memory": size_text(int(vm.get("memory_dynamic_max") or 0)),
         "vcpus": plural(int(vm.get("VCPUs_max") or 0), "CPU"), "vm": shlex.quote(name),
         "sr": sr.get("uuid") or "SR", "sr_name": printable(sr.get("name_label", "")),
@@ -3841,6 +3824,8 @@ def restore(places, options, log, watch):
     if is_config != bool(places[2:]) or "backup" in options and not is_config:
         raise ConfigError("ERROR - the VM's name is missing" if is_config else
                           "ERROR - a VM's name and backup= go with a config file")
+    if options.get("as", "") != printable(options.get("as", "")):
+        raise ConfigError("ERROR - as=%s: no VM can bear such a name" % options["as"])
     if options.get("preserve", "true").lower() not in ("true", "false"):
         raise ConfigError("ERROR - preserve=%s: allowed are True, False" % options["preserve"])
     settings = make_settings(load_config(path) if is_config else [], options["settings"])
@@ -3856,6 +3841,9 @@ def restore(places, options, log, watch):
     try:
         with watch.attend(log.progress):
             return watch.do(restore_from, path, options, xapi, log)
+    except ConnectionLost:
+        watch.check()  # perhaps it was a signal that broke it off
+        raise
     finally:
         watch.do(xapi.close)
 
@@ -3911,8 +3899,6 @@ def find_source(path, log, stack):
             fd = stack.enter_context(opened(found[-1].name, vm_fd))
             export, sums, _ = look_into(fd)
             item = found[-1]._replace(export=export)
-            if sums and export not in sums:
-                raise ArchiveError("SHA256SUMS does not list %s" % export)
         file = stack.enter_context(io.FileIO(open_file(item.export, fd)))
         stem, form = EXPORT.match(item.export).groups()
         if form in ("raw", "vhd"):
@@ -3926,7 +3912,8 @@ def find_source(path, log, stack):
         file=file, file_name=item.export, size=os.fstat(file.fileno()).st_size, places=places,
         form=form, kind="VDI" if form else "VM", digest=sums.get(item.export),
         label=item.name or item.export, disk_size=disk_size, sr_uuid=sr_uuid, uuid=item.uuid,
-        date=datetime.datetime.fromtimestamp(item.made), name=item.label or vm_name(stem))
+        date=datetime.datetime.fromtimestamp(item.made),
+        name=item.label or printable(vm_name(stem)))
 
 
 def recorded_disk(fd):
@@ -3941,36 +3928,50 @@ def recorded_disk(fd):
 
 
 def read_ova(source):
-    """(version, {class: {id: record}}, {id: OvaDisk}) of an XVA's ova.xml. Raises ArchiveError."""
+    """What an XVA's ova.xml tells, a namespace: version (two numbers, of its XAPI), name, uuid and
+    mac_seed of its VM, uuids {class: set}, networks [(name, bridge)], sizes of its disks in bytes.
+    Raises ArchiveError."""
     unpack = {".gz": gunzip, ".zst": unzstd}.get(os.path.splitext(source.file_name)[1], iter)
     with contextlib.closing(unpack(ring(source.file.readinto))) as pieces:
-        ova = parse_ova(take_ova(Reader(pieces, "the very beginning")))
-    if len(ova[1]["VM"]) != 1:
-        raise ArchiveError("the archive does not hold just one VM")
-    return ova
+        version, records, disks = parse_ova(take_ova(Reader(pieces, "the very beginning")))
+    try:
+        (vm,), networks = records["VM"].values(), records["network"].values()
+        return types.SimpleNamespace(
+            version=[int(version.get(key, 0)) for key in ("xapi_major", "xapi_minor")],
+            name=vm["name_label"], uuid=vm["uuid"], mac_seed=vm["other_config"].get("mac_seed"),
+            uuids={kind: {record["uuid"] for record in records[kind].values()}
+                   for kind in ("VM", "VBD", "VIF", "VTPM")},
+            networks=[(network["name_label"], network["bridge"]) for network in networks],
+            sizes=[disk.size for disk in disks.values()])
+    except Exception as error:  # hostile records are of any shape
+        raise ArchiveError("ova.xml does not tell of just one VM: %s" % describe(error)) from None
 
 
 def held_back(source):
     """How many bytes at the end go out last: of a plain archive all from the header of the last
-    chunk on, for XAPI reads it no further."""
-    start = max(source.size - HELD_BACK, 0) // 512 * 512
-    tail = os.pread(source.file.fileno(), source.size - start, start)
-    end = max(tail.rfind(b".xxhash\0"), tail.rfind(b".checksum\0"))  # the chunk's name before it
-    near = end > 0 and tail[end // 512 * 512 : end] + b"\0" in tail
-    return HELD_BACK if near or not source.file_name.endswith(".xva") else LONGEST_CHUNK
+    chunk on, for XAPI reads it no further. Raises ArchiveError where none is near the end."""
+    if not source.size:
+        raise ArchiveError("it is empty")
+    for held in (HELD_BACK, LONGEST_CHUNK):
+        start = max(source.size - held, 0) // 512 * 512
+        tail = os.pread(source.file.fileno(), source.size - start, start)
+        end = max(tail.rfind(b".xxhash\0"), tail.rfind(b".checksum\0"))
+        near = end > 0 and tail[end // 512 * 512 : end] + b"\0" in tail  # its chunk's name
+        if near or not start or not source.file_name.endswith(".xva"):
+            return held
+    raise ArchiveError("there is no disk's chunk near its end")
 
 
 def plan_restore(wish, source, xapi, pool, log):
     """What a restore makes, and where, a namespace: checked against the pool, and logged. Changes
     nothing. Raises ConfigError where it is refused."""
-    pbds = [pbd for pbd in xapi.all("PBD").values() if pbd["currently_attached"]]
+    plugged = {pbd["SR"] for pbd in xapi.all("PBD").values() if pbd["currently_attached"]}
     srs = {ref: dict(sr, free=max(int(sr["physical_size"]) - int(sr["physical_utilisation"]), 0))
            for ref, sr in xapi.all("SR").items()
-           if sr["content_type"] != "iso" and ref in [pbd["SR"] for pbd in pbds]}
+           if sr["content_type"] != "iso" and ref in plugged}
     ref = choose_sr(wish.get("sr"), source, pool, srs)
-    plan = types.SimpleNamespace(
-        pool=pool, sr=ref, hosts=[pbd["host"] for pbd in pbds if pbd["SR"] == ref],
-        preserve=wish.get("preserve", "false").lower(), names=[], kin=[], length=source.size)
+    plan = types.SimpleNamespace(pool=pool, sr=ref, preserve=wish.get("preserve", "false").lower(),
+                                 names=[], kin=[], length=source.size)
     others, name, networks = xapi.all(source.kind), source.name, []
     if source.form:
         told = int.from_bytes(os.pread(source.file.fileno(), 8, 48), "big")  # a VHD's own size
@@ -3978,17 +3979,14 @@ def plan_restore(wish, source, xapi, pool, log):
         if source.form == "raw":  # the file may be longer than its disk, by zeros
             plan.length = min(source.size, plan.sizes[0])
     else:
-        version, ova, disks = read_ova(source)
-        (archived,) = ova["VM"].values()
-        seed, networks = archived["other_config"].get("mac_seed"), ova["network"].values()
+        ova = read_ova(source)
+        networks, plan.sizes, plan.names = ova.networks, ova.sizes, [ova.name]
         twins = [vm for vm in others.values()
-                 if seed and vm["other_config"].get("mac_seed") == seed]
-        check_archive(version, ova, twins, plan, xapi)
-        plan.sizes, plan.names = [disk.size for disk in disks.values()], [archived["name_label"]]
-        name = name if source.uuid else re.sub(r"\ARESTORE_", "", archived["name_label"])
+                 if ova.mac_seed and vm["other_config"].get("mac_seed") == ova.mac_seed]
+        check_archive(ova, twins, plan, xapi)
+        name = name if source.uuid else re.sub(r"\ARESTORE_", "", ova.name)
         plan.kin = [vm["name_label"] for vm in others.values() if not vm["is_a_snapshot"] and (
-            vm in twins or vm["name_label"] == name
-            or vm["uuid"] in (source.uuid, archived["uuid"]))]
+            vm in twins or vm["name_label"] == name or vm["uuid"] in (source.uuid, ova.uuid))]
     plan.name = choose_name(wish.get("as"), name, source, others)
     plan.names.append(plan.name)
     size, free = sum(plan.sizes), srs[ref]["free"]
@@ -3999,9 +3997,8 @@ def plan_restore(wish, source, xapi, pool, log):
     there = {network[key] for network in xapi.all("network").values()
              for key in ("name_label", "bridge")}
     for network in networks:
-        if not there.intersection((network["name_label"], network["bridge"])):
-            log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere"
-                % network["name_label"])
+        if not there.intersection(network):
+            log("NOTE - the pool has no network %s: XAPI makes one that leads nowhere" % network[0])
     return plan
 
 
@@ -4020,19 +4017,18 @@ def choose_sr(wanted, source, pool, srs):
             for sr in srs.values()))))
 
 
-def check_archive(version, ova, twins, plan, xapi):
+def check_archive(ova, twins, plan, xapi):
     """Raises ConfigError where XAPI would refuse the archive, or reuse with it what exists. twins:
     the VMs and snapshots that bear its MAC seed."""
     software = xapi.call("host.get_software_version", plan.pool["master"])
     here = [int(number) for number in re.findall(r"\d+", software.get("xapi", ""))[:2]]
-    made_by = [int(version.get(key, 0)) for key in ("xapi_major", "xapi_minor")]
-    if len(here) == 2 and made_by > here:
+    if len(here) == 2 and ova.version > here:
         raise ConfigError("ERROR - the archive is of XAPI %d.%d, newer than the pool's %d.%d:"
-                          " update the pool first" % tuple(made_by + here))
+                          " update the pool first" % tuple(ova.version + here))
     if plan.preserve == "true":
-        for kind in [kind for kind in ("VM", "VBD", "VIF", "VTPM") if ova[kind]]:
-            uuids = {record["uuid"] for record in ova[kind].values()}
-            twins = twins + [one for one in xapi.all(kind).values() if one["uuid"] in uuids]
+        for kind, uuids in ova.uuids.items():
+            twins = twins + [one for one in (xapi.all(kind) if uuids else {}).values()
+                             if one["uuid"] in uuids]
         if twins:
             raise ConfigError("ERROR - preserve=True: the original or a copy is on the pool (%s,"
                               " uuid %s): delete it first, or restore without preserve" % (
@@ -4057,12 +4053,10 @@ def carry_out(xapi, source, plan, activity, log):
     """Makes what was planned and returns its uuid. If it fails, nothing that it made is left."""
     query = {"format": source.form} if source.form else {
         "sr_id": plan.sr, "restore": plan.preserve}
-    lock, endpoint = None, xapi.master()
-    if plan.pool["master"] not in plan.hosts:
-        endpoint = xapi.at(xapi.call("host.get_address", plan.hosts[0]))
+    lock, path = None, "/import_raw_vdi" if source.form else "/import"
     try:
-        with Stream(xapi, "/import_raw_vdi" if source.form else "/import", query, activity,
-                    endpoint, put=True) as stream:
+        # The master leads to a host that sees the storage repository.
+        with Stream(xapi, path, query, activity, xapi.master(), put=True) as stream:
             task = xapi.call("task.get_record", stream.task)
             facts = {"pool": plan.pool["uuid"], "task": stream.task, "names": plan.names,
                      "created": str(task["created"]), "disks": len(plan.sizes),
@@ -4076,7 +4070,7 @@ def carry_out(xapi, source, plan, activity, log):
                     "virtual_size": str(plan.sizes[0]), "sharable": False, "read_only": False,
                     "other_config": {"import_task": stream.task}})  # as XAPI marks what it imports
             activity.doing, activity.expected = "import", plan.length
-            send(xapi, source, stream, plan.length, log)
+            send(source, stream, plan.length, log)
         made = marked(xapi.all(source.kind), stream.task)
         if list(made) != stream.result:
             raise BackupError("the host tells of another object than it made")
@@ -4093,16 +4087,16 @@ def carry_out(xapi, source, plan, activity, log):
     return record["uuid"]
 
 
-def send(xapi, source, stream, length, log):
+def send(source, stream, length, log):
     """Sends `length` bytes of the export, the last ones when all is proved; returns when the host
     tells that it has imported it."""
-    proof, held = threading.Event(), held_back(source)
+    proof = threading.Event()
 
     def compare(pieces):
         if source.digest not in (None, hash_all(pieces)):
             raise ArchiveError("it does not match SHA256SUMS")
 
-    def guarded(pieces):
+    def guarded(pieces, held):
         tail, left, free = [], length, max(length - held, 0)
         for piece in pieces:
             piece = piece[:left]
@@ -4112,8 +4106,8 @@ def send(xapi, source, stream, length, log):
         proof.set()  # fan_out tells this consumer of the end when the others have proved all
         yield from tail
 
-    def upload(pieces):
-        stream.send(guarded(pieces), length)
+    def upload(held, pieces):
+        stream.send(guarded(pieces, held))
         if not stream.verdict():
             raise BackupError("the host lost the task of the import")
         if not proof.is_set():
@@ -4121,13 +4115,11 @@ def send(xapi, source, stream, length, log):
 
     source.file.seek(0)
     try:
-        if not length:
-            raise ArchiveError("it is empty")
-        _, proved, _ = fan_out(ring(source.file.readinto), compare,
-                               prover(source.file_name, source.disk_size), upload)
-    except Elsewhere:
-        send(xapi, source, stream, length, log)
-        return
+        held = held_back(source)
+        stream.open(length)
+        _, proved, _ = fan_out(
+            ring(source.file.readinto), compare, prover(source.file_name, source.disk_size),
+            functools.partial(upload, held))
     except ArchiveError as error:
         raise ArchiveError("%s is damaged, it was not imported: %s" % (
             source.file_name, error)) from None
@@ -4560,7 +4552,7 @@ def check_metadata(fd, export, sums):
         if hashlib.sha256(data).hexdigest() != sums[path]:
             raise ArchiveError("%s does not match SHA256SUMS" % path)
     alone = re.search(rb"^vm_metadata=none$", texts.get("vm.cfg", b""), re.MULTILINE)
-    for name in (export, "vm.cfg") + (() if alone else ("vm-metadata.xml",)):
+    for name in ["vm.cfg"] + ["vm-metadata.xml"] * (not alone):
         if name not in sums:
             raise ArchiveError("SHA256SUMS does not list %s" % name)
     disks, there = {}, sum(path.startswith("DISK-") and path.endswith("/vdi.cfg")
@@ -4603,9 +4595,10 @@ def extract(places, options, log, watch):
             raise ConfigError("ERROR - there is no such backup's folder or export: %s" % source)
         stem, kind = EXPORT.match(os.path.basename(export)).groups()
         if kind in ("raw", "vhd"):
+            path = os.path.abspath(source if fd is None else os.path.join(source, export))
             log("%s is a disk image already. As qcow2: qemu-img convert -f %s -O qcow2 %s %s" % (
-                os.path.basename(export), {"vhd": "vpc"}.get(kind, kind),
-                shlex.quote(os.path.join(source, export)), shlex.quote(stem + ".qcow2")))
+                os.path.basename(export), {"vhd": "vpc"}.get(kind, kind), shlex.quote(path),
+                shlex.quote("./" + stem + ".qcow2")))
             return 0
         images = Images(stack.enter_context(opened(to)), stem, options.get("disk"), log)
         stack.callback(images.close)

@@ -446,7 +446,7 @@ def test_metadata_that_is_gone_with_its_line_is_missed(verified, gone):
 
 
 AS_NOBODY = """
-import os, sys, vmbackup, xxhash
+import os, sys, vmbackup, xmlrpc.client, xxhash
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(vmbackup.main())
 """

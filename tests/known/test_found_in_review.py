@@ -214,7 +214,7 @@ def test_a_session_that_comes_after_the_signal_is_ended_too(turn):
 
 
 AS_NOBODY = """
-import os, sys, vmbackup, xxhash
+import os, sys, vmbackup, xmlrpc.client, xxhash
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(vmbackup.main())
 """

@@ -124,6 +124,37 @@ def test_vmbackup_and_curl_bring_a_disk_back(here, kind):
         assert word in text
 
 
+@pytest.mark.parametrize("name, kind", [("-x{1,2}", "vm-export"), ("db: [a]", "vdi-export")])
+def test_names_that_mean_something_to_curl_and_qemu(turn, name, kind):
+    pool = Pool()
+    pool.vm(name, disks=[disk(2 * MIB, "root", seed=1)])
+    here = Here(turn(pool))
+    here.site.configure(kind + "=.*")
+    assert here.site.run().status == 0
+    (here.folder,) = here.site.folders(name)
+    here.remember()
+    text = (here.folder / "RESTORE.txt").read_text(encoding="utf-8")
+    (curl,) = commands(text, "curl")
+    if kind == "vm-export":
+        done = shell(here, curl)
+        assert done.returncode in (0, 56) and not done.stdout, done
+        here.the_vm(name)
+        return
+    (vdi,) = [one for _, one in here.sim.disks_of(name)]
+    assert shell(here, curl, VDI=vdi["uuid"]).returncode == 0
+    for command in commands(text, "qemu-img") if shutil.which("qemu-img") else ():
+        assert shell(here, command).returncode == 0, command
+
+
+def test_a_relative_backup_dir(here):
+    here.site.configure("vm-export=.*")
+    result = here.site.run("backup_dir=" + here.site.backups.name,
+                           cwd=str(here.site.backups.parent))
+    assert result.status == 0, result
+    (folder,) = here.site.folders(NAME)
+    assert "cd %s\n" % shlex.quote(str(folder)) in (folder / "RESTORE.txt").read_text("utf-8")
+
+
 def test_extract(here):
     text = note(here, "vm-export=.*")
     (own,) = commands(text, "vmbackup.py extract")
