@@ -1092,13 +1092,10 @@ class Reader:
                 raise ArchiveError("it is cut off at %s (byte %d)" % (self.where, self.at))
             yield view
 
-    def take(self, size, data=b""):
-        """The next `size` bytes, in the bytearray `data` if it has just that size."""
-        data = data if len(data) == size else bytearray(size)
-        rest = memoryview(data)  # a bytearray itself would copy twice
+    def take(self, size):
+        data = bytearray()
         for view in self.stream(size):
-            rest[: len(view)] = view
-            rest = rest[len(view) :]
+            data += view
         return data
 
     def skip(self, size):
@@ -1117,20 +1114,27 @@ class Reader:
 
 
 def find_xxh64():
-    """What gives the XXH64 of a bytearray in hex: the package xxhash or the system's libxxhash;
-    None where there is neither."""
+    """What makes XXH64 hashes, with update and hexdigest as hashlib's: the package xxhash or the
+    system's libxxhash; None where there is neither."""
     with contextlib.suppress(ImportError):
-        from xxhash import xxh64_hexdigest
+        from xxhash import xxh64
 
-        return xxh64_hexdigest
+        return xxh64
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        xxh64 = ctypes.CDLL("libxxhash.so.0").XXH64
-        xxh64.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
-        xxh64.restype = ctypes.c_ulonglong
-        return lambda data: "%016x" % xxh64(
-            (ctypes.c_char * len(data)).from_buffer(data), len(data), 0)
+        function = ctypes.CDLL("libxxhash.so.0").XXH64
+        function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
+        function.restype = ctypes.c_ulonglong
+
+        class Xxh64(bytearray):  # of a chunk's size: hashed at once
+            update = bytearray.extend
+
+            def hexdigest(self):
+                data = (ctypes.c_char * len(self)).from_buffer(self)
+                return "%016x" % function(data, len(self), 0)
+
+        return Xxh64
     return None
 
 
@@ -1208,38 +1212,50 @@ def take_ova(reader):
     return data
 
 
-def read_chunks(reader):
-    """(disk's id, number, name, bytes, whether its hash proved it) of each chunk, which the member
-    with its hash follows, up to the end: (None, 0, "", b"", True). The bytes are valid until the
-    next is asked for."""
-    hashes = {".xxhash": find_xxh64(),  # or None
-              ".checksum": lambda data: hashlib.sha1(data).hexdigest()}  # noqa: S324 - till 2019
-    block, data = reader.take(512), b""
-    while block.strip(b"\0"):
-        name, size = read_member(reader, block)
-        match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
-        if not match or size > 64 * MIB:
-            raise ArchiveError("unexpected member %r" % name)
-        data = reader.take(size, data)  # one buffer for all: memory is counted, too
-        reader.skip(-size % 512)
-        member, length = read_member(reader, reader.take(512))
-        kind = member[len(name):]
-        if name + kind != member or kind not in hashes or not 0 < length <= 64:
-            raise ArchiveError("the hash of chunk %s is missing" % name)
-        told = reader.take(512)[:length].decode("ascii", "replace").lower()
-        if hashes[kind] and hashes[kind](data) != told:
-            raise ArchiveError("chunk %s does not match its hash" % name)
-        yield match.group(1), int(match.group(2)), name, data, bool(hashes[kind])
-        block = reader.take(512)
-    if reader.take(512).strip(b"\0"):
-        raise ArchiveError("one zero block only before more data")
-    yield None, 0, "", b"", True
+def read_header(reader):
+    """(disk's id, number, name, bytes) of the next chunk; (None, 0, "", 0) at the end."""
+    block = reader.take(512)
+    if not block.strip(b"\0"):
+        if reader.take(512).strip(b"\0"):
+            raise ArchiveError("one zero block only before more data")
+        return None, 0, "", 0
+    name, size = read_member(reader, block)
+    match = re.match(r"([^/]+)/([0-9]{8,18})\Z", name)
+    if not match or size > 64 * MIB:
+        raise ArchiveError("unexpected member %r" % name)
+    return match.group(1), int(match.group(2)), name, size
+
+
+def read_chunk(reader, name, size, makers, sink, at):
+    """Reads a chunk's bytes, which sink(offset, view) gets (None: nobody) from the offset `at` on,
+    and the member with its hash, which follows. makers: {the member's suffix: what makes its hash,
+    or None}; in an archive all have the same, so the others go. Returns whether the hash proved the
+    chunk."""
+    hashes = {kind: make() for kind, make in makers.items() if make}
+    for view in reader.stream(size):
+        for each in hashes.values():
+            each.update(view)
+        if sink:
+            sink(at, view)
+        at += len(view)
+    reader.skip(-size % 512)
+    member, length = read_member(reader, reader.take(512))
+    kind = member[len(name):]
+    if name + kind != member or kind not in makers or not 0 < length <= 64:
+        raise ArchiveError("the hash of chunk %s is missing" % name)
+    told = reader.take(512)[:length].decode("ascii", "replace").lower()
+    if kind in hashes and hashes[kind].hexdigest() != told:
+        raise ArchiveError("chunk %s does not match its hash" % name)
+    for other in set(makers) - {kind}:
+        del makers[other]
+    return kind in hashes
 
 
 def prove_xva(pieces, uuids=(), sink=None):
     """Proves an XVA whole: tar headers, ova.xml, chunks in order, each with its hash, every disk
     filled to its virtual_size, two zero blocks, then at most 1 MiB of zeros. uuids: the VDIs that
-    have to be in it. sink(id, offset, bytes) gets the chunks, but first sink("ova.xml", 0, bytes).
+    have to be in it. sink(id, offset, view) gets the chunks' bytes, before their hashes are seen,
+    but first sink("ova.xml", 0, bytes).
 
     Format and arithmetic follow xen-api's export.ml and stream_vdi.ml (recv_all_vdi): chunk
     numbers rise but may skip (zeros, in units of the archive's first chunk), and a zero-length
@@ -1251,9 +1267,11 @@ def prove_xva(pieces, uuids=(), sink=None):
     disks = parse_ova(data, uuids)[2]
     if sink:
         sink("ova.xml", 0, data)
+    makers = {".xxhash": find_xxh64(), ".checksum": hashlib.sha1}  # SHA-1 till 2019
     disk, want, offset, last, unit, twice, done = "", 0, 0, -1, None, False, []
     proved = collections.Counter()  # chunks, by whether their hash did it
-    for ref, number, name, chunk, hashed in read_chunks(reader):
+    while True:
+        ref, number, name, size = read_header(reader)
         if ref != disk:
             if offset != want:
                 raise ArchiveError("disk %s ends at %d of %d bytes%s" % (
@@ -1266,18 +1284,15 @@ def prove_xva(pieces, uuids=(), sink=None):
                 raise ArchiveError("disk %s has its only chunk twice%s" % (disk, SMALL))
             disk, want, offset, last = ref, disks[ref].size, 0, -1
             done.append(ref)
-        size = len(chunk)
-        proved[hashed] += 1
-        if number == last == 0 and size == offset == want and not twice:
-            twice = True
-            continue
-        unit = size if unit is None else unit
-        offset += unit * (number - last - 1) + size
-        if number <= last or offset > want:
-            raise ArchiveError("chunk %s is out of order" % name)
-        last = number
-        if sink:
-            sink(disk, offset - size, chunk)
+        again = number == last == 0 and size == offset == want and not twice
+        if not again:
+            unit = size if unit is None else unit
+            offset += unit * (number - last - 1) + size
+            if number <= last or offset > want:
+                raise ArchiveError("chunk %s is out of order" % name)
+        twice, last = twice or again, number
+        proved[read_chunk(reader, name, size, makers, sink and functools.partial(sink, ref),
+                          offset - size)] += 1
     missing = [ref for ref, item in disks.items() if item.size and ref not in done]
     if missing:
         raise ArchiveError("disk %s is missing" % missing[0])
