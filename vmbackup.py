@@ -26,12 +26,27 @@ What it can destroy, and where:
 What it does not promise: that the guest's applications were quiet (snapshots are crash
 consistent), that an XVA fits an older XAPI, or anything about time: see the README.
 
-The rooms, each built on those above it:
-  errors and texts, settings, password and hosts, selection, names, folders and retention, proofs:
-  pure, or with nothing but files; the watchman, the XAPI client, streams, from stream to disk: the
-  one way to a host; snapshot, target, the plan; RESTORE.txt; the backup of one VM; choice and
-  preview; the run (which hands itself to those two); restore; list and check; verify and extract;
-  reports; the command line.
+The rooms, each built on those above it; begin with `the backup of one VM`:
+  errors and texts              what went wrong, in words; sizes, times, tables
+  settings                      a config file and words become Settings
+  password and hosts            what the first argument and host= stand for
+  selection                     which VMs the rules choose: pure
+  names, folders and retention  scan(); kept(): pure; remove_folder() destroys
+  proofs                        prove_xva, prove_vhd, prove_raw, prove_dump; gunzip, unzstd
+  the watchman                  signals and stops, progress, the rate
+  the XAPI client               Endpoint: TLS; Xapi: a session and its calls
+  streams                       Stream: a GET or PUT with a task of its own
+  from stream to disk           fan_out(): write, hash and prove at once
+  snapshot, target, the plan    plan_vm(): pure; Snapshot destroys; Target: the new folder
+  RESTORE.txt                   the note in each backup
+  the backup of one VM          back_up_vm(): the page that shows the order; the metadata
+  choice and preview            what a run would do
+  the run                       Run, which it hands to the two rooms above
+  restore                       the way back; clear() destroys what one left
+  list and check                what lies on disk, and whether it is late
+  verify and extract            proofs of what lies on disk; images of its disks
+  reports                       log, status log, report_json, metrics, mail
+  the command line              help, commands, main()
 
 Derived in behaviour from NAUbackup/VmBackup 3.25 of Northern Arizona University.
 """
@@ -3344,6 +3359,14 @@ def fetch_ova(xapi, ref, activity):
 PROBE = ".vmbackup-probe-%s-" % short_host_name()  # in backup_dir, and a process number behind it
 
 
+def free_bytes(path):
+    """Bytes that are free in a file system; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+    return None
+
+
 def candidates(xapi, log):
     """{ref: record} of the pool's VMs that are neither template, snapshot nor control domain, nor
     just being imported."""
@@ -3533,14 +3556,6 @@ def gone_text(folders):
 
 POOL_DUMP = re.compile(r"pool_db_\d{8}-\d{6}\.dump(\.partial)?\Z")
 RESULTS = {"ERROR": "FAILED", "WARNING": "warning", "SKIPPED": "skipped", "SUCCESS": "ok"}
-
-
-def free_bytes(path):
-    """Bytes that are free in a file system; None where it does not tell."""
-    with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(path)
-        return usage.free if usage.total else None
-    return None
 
 
 def run_table(run):
