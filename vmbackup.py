@@ -491,8 +491,8 @@ def read_config(data, source):
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): see iconv" % (
-            source, error.start)) from None
+        raise ConfigError("ERROR - %s is not UTF-8 text (byte %d): convert it, for example with"
+                          " iconv -f latin1 -t utf-8" % (source, error.start)) from None
     pairs = []
     for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
         line = line.strip()
@@ -646,16 +646,19 @@ def read_line(stream):
 def read_password_file(path, plain=False):
     """The password in a file made by create-password-file, or by `base64`, without one line break
     at its end; plain: or else the file's text. Raises ConfigError."""
-    data = b""
     try:
         data = read_small(path).strip()
+    except OSError as error:
+        raise ConfigError("ERROR - the password file cannot be read: %s" % error.strerror) from None
+    try:
         text = base64.b64decode(b"".join(data.split()) or b"-", validate=True).decode("utf-8")
         return re.sub(r"\r?\n\Z", "", text)
-    except (OSError, ValueError):  # an empty file is none either
+    except ValueError:  # an empty file is none either
         if plain and data:
             return data.decode("utf-8", "replace")
-        raise ConfigError("ERROR - the file is no password file: create-password-file makes one (of"
-                          " a password that is also a file's name, too)") from None
+        raise ConfigError("ERROR - the file is no password file: create-password-file makes one, in"
+                          " place of no other file (also of a password that is a file's name)"
+                          ) from None
 
 
 def read_password(word, literal=False):
@@ -847,7 +850,7 @@ def opened(name, dir_fd=None):
 def read_cfg(name, dir_fd):
     """{key: value} of a .cfg file of a backup, line breaks and backslashes in their own form."""
     pairs = {}
-    for line in read_small(name, dir_fd, 65536).decode("utf-8", "replace").split("\n"):
+    for line in read_small(name, dir_fd).decode("utf-8", "replace").split("\n"):
         key, _, value = line.partition("=")
         pairs[key] = value if "\\" not in value else re.sub(
             r"\\([nr\\])", lambda match: {"n": "\n", "r": "\r"}.get(match.group(1), "\\"), value)

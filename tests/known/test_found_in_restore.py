@@ -132,3 +132,14 @@ def test_the_hint_of_a_lone_image_names_it(here):
     (path,) = re.findall("-O qcow2 ('[^']*'|[^ ]+)", result.out)
     assert path.strip("'") == str(here.file)
     assert json.loads(vmbackup("list", here.site.config, "json").out)
+
+
+def test_a_description_longer_than_64_kib(turn):
+    """vm.cfg holds it, and must be read all the same: it tells whose backup this is."""
+    pool = Pool()
+    pool.vm(VM, description="x" * 70000, disks=[disk(MIB, "root", seed=1)])
+    here = Here(turn(pool)).back_up()
+    here.sim.set("VM", VM, "name_label", "another")
+    result = here.restore()
+    assert result.status == 0, result
+    assert result.has("NOTE - another is on the pool")

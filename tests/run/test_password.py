@@ -11,6 +11,7 @@ import sys
 import termios
 
 import pytest
+from simulator.pool import MIB
 from support.harness import LINE, ROOT, SCRIPT, finish, start, vmbackup
 from support.world import pool_of
 
@@ -109,6 +110,12 @@ def test_create_password_file_takes_only_a_password_files_place(tmp_path):
                                    ("create-password-file=pw", "preview")])
 def test_create_password_file_refuses(refused, words):
     assert "password" in refused("pw", *words)
+
+
+def test_why_a_password_file_cannot_be_read(refused, tmp_path):
+    (tmp_path / "big").write_bytes(b"x" * (MIB + 1))
+    assert "cannot be read: larger than 1.0 MiB" in refused(
+        tmp_path / "big", "web", "backup_dir=%s" % tmp_path)
 
 
 def test_a_password_file_is_secret_from_its_first_byte(tmp_path):
