@@ -810,6 +810,7 @@ DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
 PERIODS = {"daily": "%Y-%m-%d", "weekly": "%G-%V", "monthly": "%Y-%m", "yearly": "%Y"}
 
 
+@functools.lru_cache(maxsize=None)
 def folder_name(name):
     """The file name for a VM's name: at most 200 bytes, never '', '.', '..' or hidden, another for
     each name. What is longer is cut and ended with ~ and 8 hex digits of the name's SHA-256."""
