@@ -563,13 +563,13 @@ def make_settings(config, words):
         except ConfigError as error:
             mistakes.append(str(error))
     absent = [key for key in ("mail_to", "mail_from", "smtp_server") if not getattr(settings, key)]
-    if len(absent) in (1, 2):
+    if len(absent) in (1, 2) and not mistakes:
         mistakes.append("ERROR - for a mail %s must be set, too" % " and ".join(absent))
     safe = settings.smtp_starttls or settings.smtp_port == 465
     safe = safe or is_loopback(settings.smtp_server or "")
     if settings.smtp_user and not (safe and settings.smtp_password_file):
-        mistakes.append("ERROR - smtp_user needs smtp_password_file, and smtp_starttls=True, or its"
-                        " password goes in clear")
+        mistakes.append("ERROR - smtp_user needs smtp_password_file, and smtp_starttls=True or"
+                        " smtp_port=465, lest its password goes in clear")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return settings
@@ -803,7 +803,8 @@ STREWN = re.compile(
     r"ehthumbs_vista\.db\Z|desktop\.ini\Z)|\.nfs[^/]+\Z|\.__?smb[^/]+\Z|"
     r"\.smbdelete[^/]+\Z|\.fuse_hidden[^/]+\Z|(@eaDir|@SynoEAStream|@SynoResource|\.@__thumb|"
     r"\.AppleDouble|\.AppleDB|\.AppleDesktop)/)", re.DOTALL)
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # gone, or of another kind
+NO_FOLDER = (errno.ENOTDIR, errno.ELOOP)  # which of them a link is depends on the kernel
+ABSENT = (errno.ENOENT, errno.ENXIO) + NO_FOLDER  # gone, or of another kind
 FIRST_DISKS = ["DISK-%s/vdi.cfg" % label for label in ("xvda", "hda", "sda", "0")]
 AHEAD = 3600  # seconds by which clocks may differ
 DEEPEST = 8  # folders below each other in a backup's folder; @eaDir has three
@@ -882,10 +883,9 @@ def look_into(fd):
     for path in list(sums):  # a file server may list names in another Unicode form
         if nfc(path) == nfc(exports[0]):
             sums[exports[0]] = sums.pop(path)
-    ours = text.startswith(b"created=")
-    if (sums or ours) and exports[0] not in sums:
+    if "SHA256SUMS" in inside and exports[0] not in sums:
         raise ArchiveError("SHA256SUMS does not list %s" % exports[0])
-    return exports[0], sums, ours
+    return exports[0], sums, text.startswith(b"created=")
 
 
 def scan(vm_fd, patterns, vm=None):
@@ -1041,7 +1041,9 @@ def remove_folder(vm_fd, name, vm):
     try:
         with opened(name, vm_fd) as fd:
             _empty(fd, judge(fd, vm))
-    except NotADirectoryError:
+    except OSError as error:
+        if error.errno not in NO_FOLDER:
+            raise
         raise BackupError("%s is a symbolic link or no folder: left alone" % name) from None
     except BackupError as error:
         raise BackupError("%s is left alone: %s" % (name, error)) from None
@@ -1498,8 +1500,8 @@ def prover(file_name, size=None, uuids=(), sink=None):
 
 
 # ============================== the watchman ==============================
-# The main thread is the watchman, workers do the work. It makes no call and writes nothing, for
-# either could hold it: it waits for the workers, looks every LOOK seconds whether a stop was asked
+# The main thread is the watchman, workers do the work. It makes no call, for that could hold it:
+# it waits for the workers, looks every LOOK seconds whether a stop was asked
 # for, and then shuts down the sockets that hold them.
 
 LOOK = 0.2  # seconds
@@ -1621,7 +1623,7 @@ class Watch:
 
     @contextlib.contextmanager
     def attend(self, show):
-        """While the block (in a worker) lasts, a helper thread lets the open streams ask how their
+        """While the block lasts, a helper thread lets the open streams ask how their
         tasks do, and calls show(list of Activities), once a second."""
         ended = threading.Event()
 
@@ -1790,7 +1792,10 @@ def make_transport(endpoint, timeout, watch):
     class Transport(xmlrpc.client.Transport):
         user_agent = USER_AGENT
         accept_gzip_encoding = False
-        connection, used = Connection("xapi"), 0.0
+
+        def __init__(self):
+            super().__init__()
+            self.connection, self.used = Connection("xapi"), 0.0
 
         def make_connection(self, host):
             if time.monotonic() - self.used > IDLE:
@@ -1898,7 +1903,7 @@ class Xapi:
     def _send(self, transport, *call):
         try:
             return self._answer(transport, *call)
-        except XapiError:
+        except BackupError:  # what the host answered, or a certificate that is not trusted
             raise
         except Exception as error:  # of sockets, TLS, HTTP, XML; and of an answer that is none
             raise ConnectionLost(error) from error
@@ -2037,7 +2042,7 @@ SILENCE = 30  # seconds after which the host is asked how a stream's task does
 DEAD_AFTER = 180  # seconds without a byte and without an answer: the host is gone
 STALLED = 3600  # seconds in which neither a byte nor the task's progress moved: given up
 TASK_ENDS = 60  # seconds that a task may stay pending once its stream has ended
-IMPORT_ENDS = 600  # the same for a PUT: to clear away a broken import takes its time
+IMPORT_ENDS = 600  # seconds that a host may take to clear away a broken import
 FAILURE_ENDS = 3  # seconds until a task must have told why its stream failed
 
 
@@ -2088,8 +2093,8 @@ class Stream:
     it began.
 
     query: without session_id and task_id; until open() it may be completed. endpoint: another than
-    the session's. at_work: whether the host may be at work on the task. result: the refs of what
-    an import made, once verdict() was True.
+    the session's. at_work: whether the host is at work on the task: from its answer on. result: the
+    refs of what an import made, once verdict() was True.
     """
 
     def __init__(self, xapi, path, query, activity, endpoint=None, put=False):
@@ -2264,7 +2269,7 @@ class Stream:
     def verdict(self):
         """Whether the task ended well: True, or False if it is gone (unknown). Raises XapiError
         if it failed, was cancelled or does not end in time."""
-        record = self._end(IMPORT_ENDS if self._put else TASK_ENDS)
+        record = self._end(STALLED if self._put else TASK_ENDS)
         if record is None:
             return False
         if record["status"] != "success":
@@ -2452,8 +2457,8 @@ def save(stream, name, dir_fd, prove):
 # ============================== snapshot, target, the plan ==============================
 #
 # A Plan says what will be done with one VM: pure, so preview prints it and the run carries it out.
-# Snapshot touches the pool alone, Target the disk alone. Snapshot._attempt is the one place that
-# destroys something on the pool in a backup; on disk it is remove_folder.
+# Snapshot touches the pool alone, Target the disk alone. In a backup nothing but Snapshot destroys
+# something on the pool; on disk it is remove_folder.
 
 # A disk of a VM: label (device or userdevice) and its records. left_out: marked [NOBAK].
 Disk = collections.namedtuple("Disk", "label vbd ref vdi left_out")
@@ -2671,7 +2676,7 @@ class Snapshot:
             if self.of_vm or not isinstance(error, XapiError) or error.code in UNKNOWN:
                 self._look_for_lost(known)
             if not isinstance(error, XapiError) or not exports_as_it_is(
-                    plan.choice, plan.vm, plan.disks, error):
+                    plan.choice, self._xapi.call("VM.get_record", plan.ref), plan.disks, error):
                 raise
             self.ref, self.record, self.disks = plan.ref, plan.vm, plan.disks
             outcome.note("the host takes no snapshot of it (%s): the halted VM is exported as it"
@@ -2719,8 +2724,9 @@ class Snapshot:
         method, source = self._source.kind + ".snapshot", self._source
         left_out = [disk.ref for disk in self._plan.disks if disk.left_out and self.of_vm]
         args = [source.ref, source.name if self.of_vm else {}]
+        more = [left_out] if left_out else []
         try:
-            return self._xapi.run_task(method, *args + [left_out] * bool(left_out))
+            return self._xapi.run_task(method, *args, *more)
         except XapiError as error:
             if error.code != "MESSAGE_PARAMETER_COUNT_MISMATCH" or not left_out:
                 raise
@@ -2764,8 +2770,9 @@ class Snapshot:
         """After a snapshot that failed or was not answered: what came to be all the same goes."""
         try:
             found = patiently(self._watch, lambda: self._new_since(known))
-            for self._made, record in found.items():
-                self._destroy(self._source, self._made, record)
+            for ref, record in found.items():
+                self._made = ref
+                self._destroy(self._source, ref, record)
         except Exception as error:
             command = "snapshot-list" if self.of_vm else "vdi-list"
             self._outcome.warn("whether a snapshot was left could not be looked up (%s): see xe %s"
@@ -2881,12 +2888,16 @@ class Lock(contextlib.AbstractContextManager):
             self._fd = os.open(self._file, flags, 0o600, dir_fd=top)
             try:
                 fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                    self.supported = False
+                    break
                 holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
                 os.close(self._fd)
-                raise LockedError("another run holds the lock of %s: %s" % (name, holder)) from None
-            except OSError:
-                self.supported = False
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise LockedError("another run holds the lock of %s: %s" % (
+                        name, holder or "a process that does not tell")) from None
+                raise
             # The holder before may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(self._file, dir_fd=top, follow_symlinks=False)
@@ -2938,10 +2949,12 @@ def writer_of(vm_fd, name, own, now):
     with contextlib.suppress(OSError), opened(name, vm_fd) as fd:
         age = now - os.stat(UNFINISHED, dir_fd=fd, follow_symlinks=False).st_mtime
         text = read_small(UNFINISHED, fd).decode("ascii", "replace")
-        for host, boot, pid, start in TOKEN.findall(text)[:1]:
+        found = TOKEN.search(text)
+        if found:
+            host, boot, pid, start = found.groups()
             here = [host, boot] == own.split(",")[:2]
-            if _started(pid) == start if here else age < ABANDONED_AFTER:
-                return "being written by process %s on %s" % (pid, host)
+            alive = _started(pid) == start if here else age < ABANDONED_AFTER
+            return "being written by process %s on %s" % (pid, host) if alive else ""
     return ""
 
 
@@ -2950,7 +2963,9 @@ def open_vm_folder(name, top):
     a file system may take a and A for the same, and list names in another Unicode form."""
     try:
         fd = open_folder(name, top)
-    except NotADirectoryError:
+    except OSError as error:
+        if error.errno not in NO_FOLDER:
+            raise
         raise Refused("%s is a symbolic link or no folder: refused" % name) from None
     with contextlib.suppress(OSError):  # FileNotFoundError where case counts
         twin = os.stat(name.swapcase(), dir_fd=top, follow_symlinks=False)
@@ -3044,10 +3059,12 @@ class Target:
 
     def begin(self, pattern):
         """Makes the folder of the new backup, with the token of this run in it."""
-        moment = datetime.datetime.now()
+        moment, taken = datetime.datetime.now(), set(os.listdir(self._vm_fd))
         while self._unfinished is None:
             self.name = native(moment.strftime(pattern))
             moment += datetime.timedelta(seconds=1)  # two at once, or a clock set back
+            if self.name in taken:
+                continue
             try:
                 os.mkdir(self.name, 0o700, dir_fd=self._vm_fd)
             except FileExistsError:
@@ -3438,6 +3455,7 @@ def try_out(settings, names):
             refused = Refused("the file system of backup_dir refuses a folder called %s: set"
                               " backup_dir_pattern=backup-%%Y-%%m-%%d-%%H-%%M-%%S" % new)
         elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # that is for each VM to say
+            remove_probes(settings.backup_dir)
             raise ConfigError("ERROR - backup_dir is not writable: %s" % describe(error)) from None
     for group in alike.values():
         for pair in itertools.combinations(group, 2):
@@ -3455,11 +3473,11 @@ def try_out(settings, names):
 
 def remove_probes(backup_dir):
     """Removes the probes of this process and of killed ones of this host: only empty folders."""
-    with contextlib.suppress(OSError):
-        for probe in os.listdir(backup_dir):
-            pid, path = probe[len(PROBE) :], os.path.join(backup_dir, probe)
-            if probe.startswith(PROBE) and (
-                    pid == str(os.getpid()) or not os.path.exists("/proc/" + pid)):
+    for probe in os.listdir(backup_dir):
+        pid, path = probe[len(PROBE) :], os.path.join(backup_dir, probe)
+        if probe.startswith(PROBE) and (
+                pid == str(os.getpid()) or not os.path.exists("/proc/" + pid)):
+            with contextlib.suppress(OSError):
                 for _, names, _, fd in os.fwalk(path, topdown=False):
                     for name in names:
                         os.rmdir(name, dir_fd=fd)
@@ -3599,7 +3617,7 @@ class Run:
         self.start, self.begin = datetime.datetime.now(), time.monotonic()
         self.host = self.pool = ""
         self.exit_status, self.error, self.begun = 3, None, False
-        self.outcomes, self.pool_database = [], None
+        self.outcomes, self.pool_database, self.table = [], None, []
         self.not_in_backup = self.pool_vms = None
         self.refused, self.meeting = None, {}  # see try_out
         self.planning, self._touched = threading.Lock(), 0.0
@@ -3652,7 +3670,8 @@ class Run:
             self._work([xapi] + [new_xapi() for _ in range(self.settings.parallel - 1)],
                        selection.choices)
         self.log("Space after backups: %s" % self._space())
-        for line in run_table(self):
+        self.table = run_table(self)
+        for line in self.table:
             self.log(line)
         tally = "S:%d W:%d E:%d" % self.counts()[:3]
         self.status("vmbackup.py", "end", status_word(self._verdict()), tally)
@@ -3686,6 +3705,8 @@ class Run:
                 for tries_left in range(self.settings.retries, -1, -1):
                     failed = list(pool.map(do, jobs, itertools.repeat(tries_left)))
                     jobs = [job for job, again in zip(jobs, failed) if again]
+                    if not jobs:
+                        break
         finally:
             for xapi in idle:
                 xapi.close()
@@ -3828,7 +3849,7 @@ class Run:
 # ============================== restore ==============================
 #
 # Makes a VM (of an XVA) or a disk (of raw and vhd) on the pool, and changes nothing that was there.
-# What a restore made and did not finish, clear_away destroys: the one place here that does.
+# What a restore made and did not finish, clear() destroys: the one place here that does.
 
 HELD_BACK = 4 * MIB  # bytes at the end of an export that go out only when all is proved
 LONGEST_CHUNK = 66 * MIB  # of an XVA, with headers and end: the same where the last one is longer
@@ -3851,11 +3872,17 @@ def check_packages():
 def restore(places, options, log, watch):
     """A backup's way back to a pool. Returns the exit status. Raises ConfigError for what is
     refused before anything was sent, another BackupError for what failed."""
-    path = os.path.realpath(native(places[1]))
+    path, first = os.path.realpath(native(places[1])), native(places[0])
+    if not os.path.exists(path) and (os.path.isdir(first) or EXPORT.match(first)):
+        raise ConfigError("ERROR - the first argument has to be the password (a password file, - or"
+                          " local)")
     if not os.path.exists(path):
         raise ConfigError("ERROR - there is no config file, folder or export %s" % places[1])
     is_config = os.path.isfile(path) and not EXPORT.match(os.path.basename(path))
-    if is_config != bool(places[2:]) or "backup" in options and not is_config:
+    backup = options.get("backup", "")
+    if "/" in backup:
+        raise ConfigError("ERROR - backup=%s: the name of a folder in the VM's" % backup)
+    if is_config != bool(places[2:]) or backup and not is_config:
         raise ConfigError("ERROR - the VM's name is missing" if is_config else
                           "ERROR - a VM's name and backup= go with a config file")
     if options.get("as", "") != printable(options.get("as", "")):
@@ -3865,7 +3892,7 @@ def restore(places, options, log, watch):
     settings = make_settings(load_config(path) if is_config else [], options["settings"])
     if is_config:
         folder = os.path.join(settings.backup_dir, native(folder_name(places[2])))
-        path = os.path.join(folder, native(options.get("backup", "")))
+        path = os.path.join(folder, native(backup))
     check_packages()
     hosts = endpoints(settings, places[0] == "local")
     watch.rate = settings.rate_limit * 10**6
@@ -3915,6 +3942,8 @@ def find_source(path, log, stack):
     folder = os.path.dirname(path) if os.path.isfile(path) else path
     sums, places, disk_size, sr_uuid = {}, [], None, None
     try:
+        if folder != path and not EXPORT.match(os.path.basename(path)):
+            raise FileNotFoundError
         if folder != path and not set(MARKERS).intersection(os.listdir(folder)):
             item = Folder("", export=os.path.basename(path), made=os.stat(path).st_mtime)
             fd = stack.enter_context(opened(folder))
@@ -4118,6 +4147,7 @@ def carry_out(xapi, source, plan, activity, log):
                 sweep(xapi, place, plan.pool["uuid"], log)
         raise
     os.unlink(name, dir_fd=place)
+    os.close(lock)
     return record["uuid"]
 
 
@@ -4127,7 +4157,8 @@ def send(source, stream, length, log):
     proof = threading.Event()
 
     def compare(pieces):
-        if source.digest not in (None, hash_all(pieces)):
+        digest = hash_all(pieces)
+        if source.digest and source.digest != digest:
             raise ArchiveError("it does not match SHA256SUMS")
 
     def guarded(pieces, held):
@@ -4171,6 +4202,10 @@ def finish(xapi, source, plan, ref, record, log):
             " bootable=false" % record["uuid"])
         log("  xe vbd-plug uuid=VBD  (if the VM runs)")
         return
+    others = [vm["name_label"] for other, vm in xapi.all("VM").items()
+              if other != ref and not vm["is_a_snapshot"]]
+    while plan.name in others:  # another restore was quicker
+        plan.name += "-2"
     xapi.call("VM.set_name_label", ref, plan.name)
     xapi.call("VM.set_name_description", ref, ("restored from %s by vmbackup\n%s" % (
         source.label, record["name_description"])).strip())
@@ -4191,6 +4226,7 @@ def write_note(places, name, facts, log):
     """Writes the file that tells the next restore what this one may leave, into the first of the
     folders that takes it; (descriptor of the folder, that of the file, which locks it)."""
     for place in places:
+        fd = None
         try:
             fd = new_file(name, place)
             fcntl.flock(fd, fcntl.LOCK_EX)  # where there are no locks, the next place serves
@@ -4200,8 +4236,10 @@ def write_note(places, name, facts, log):
             sync(place)
             return place, fd
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=place)
+            if fd is not None:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=place)
             log("***WARNING - the restore is noted in %s: %s" % (ELSEWHERE, describe(error)))
     raise BackupError("the restore cannot be noted")
 
@@ -4295,23 +4333,25 @@ FORGOTTEN = 30 * 86400  # seconds without a backup after which a VM is perhaps g
 NAMED = 12  # late VMs in check's first line: monitors cut it at 4 KiB
 
 
-def open_top(word):
-    """(folder, Settings or None) of a config file (its backup_dir) or a folder."""
-    top, settings = native(word), None
+def open_top(places):
+    """(folder, Settings or None) of a config file (its backup_dir) or a folder, the first of the
+    words."""
+    top, settings = native(places[0]), None
     if os.path.isfile(top):
         settings = make_settings(load_config(top), [])
         top = settings.backup_dir
     if not os.path.isdir(top):
-        raise ConfigError("ERROR - there is no such config file or folder: %s (it stands first, for"
-                          " no password is needed here)" % top)
+        hidden = any(os.path.exists(native(word)) for word in places[1:])  # it may be a password
+        raise ConfigError("ERROR - there is no such config file or folder%s (it stands first, for"
+                          " no password is needed here)" % ("" if hidden else ": " + top))
     return os.path.abspath(top), settings
 
 
-def take_stock(word, watch):
+def take_stock(places, watch):
     """(folder, Settings or None, [Shelf, ...], whether it is one VM's or one backup's) of a config
     file or folder. A folder that holds no backup, nor what looks like one, is no VM's: pool dumps,
     ISOs. Raises OSError, ConfigError, Interrupted."""
-    top, settings = open_top(word)
+    top, settings = open_top(places)
     patterns = [settings.backup_dir_pattern, DEFAULT_PATTERN] if settings else None
     (above, folder), shelves = os.path.split(top), []
     with opened(top) as fd:
@@ -4398,7 +4438,7 @@ def _details(shelf, settings, choices):
 
 def list_backups(places, options, log, watch):
     """Prints what is there, as a table or as JSON. Returns 0, or 2 where no backup is."""
-    top, settings, shelves, single = watch.do(take_stock, places[0], watch)
+    top, settings, shelves, single = watch.do(take_stock, places, watch)
     choices = _chosen(settings, shelves, watch) if settings and places[1:] else []
     for vm in places[1:]:
         shelves = _named(shelves, vm)
@@ -4448,7 +4488,7 @@ def check(places, options, log, watch):
         ages.append(int(age.group(1)) * AGES[age.group(2)])
     if ages[1] < ages[0]:
         raise ConfigError("ERROR - crit= (default 50h) is below warn= (default 26h)")
-    top, settings, shelves, _ = watch.do(take_stock, places[0], watch)
+    top, settings, shelves, _ = watch.do(take_stock, places, watch)
     if places[1:]:
         asked = [(places[1], _named(shelves, places[1]))]
     elif settings:
@@ -4511,8 +4551,9 @@ def marked_folders(top):
     for path, folders, files in os.walk(top, onerror=fail):
         folders[:] = sorted(folders) if path.count("/") < top.count("/") + 2 else []
         if set(MARKERS).intersection(files):  # a VM may be called `success`
-            # A marker may lie where no backup is: above one.
-            found = [other for other in found if not path.startswith(other + "/")] + [path]
+            while found and path.startswith(found[-1] + "/"):
+                found.pop()  # a marker may lie where no backup is: above one
+            found.append(path)
     return found
 
 
@@ -4521,7 +4562,7 @@ def verify(places, _options, log, watch):
     sums, archive, metadata. Reads only. Returns 0, or 2 if one is damaged or none is there."""
     top, only = os.path.abspath(native(places[0])), places[1:]
     lone = os.path.isfile(top) and EXPORT.match(top)
-    results, top = collections.Counter(), top if lone else open_top(places[0])[0]
+    results, top = collections.Counter(), top if lone else open_top(places)[0]
     names = {nfc(native(each)) for vm in only for each in (folder_name(vm), vm)}
     for path in [top] if lone else marked_folders(top):
         vm, name = path.split("/")[-2:]
@@ -4578,9 +4619,10 @@ def read_export(name, dir_fd, watch, activity, *consumers):
 def check_metadata(fd, export, sums):
     """Phrases about what is beside the export: everything listed, right and there."""
     paths = set(files_below(fd)) - set(MARKERS) - {"SHA256SUMS", "keep", export}
-    for path in sorted(paths.symmetric_difference(set(sums) - {export})):
+    odd = paths.symmetric_difference(set(sums) - {export})
+    if odd:
         raise ArchiveError("%s is %s" % (
-            path, "not listed in SHA256SUMS" if path in paths else "missing"))
+            min(odd), "not listed in SHA256SUMS" if min(odd) in paths else "missing"))
     texts = {path: read_small(path, fd, METADATA_LIMIT) for path in paths}
     for path, data in texts.items():
         if hashlib.sha256(data).hexdigest() != sums[path]:
@@ -4979,7 +5021,7 @@ def send_mail(run):
                  time.monotonic() - run.begin), run.exit_status), ""]
     lines += run.error.split("\n") + [""] if run.error else []
     items = run.results()
-    lines += run_table(run) if items else []
+    lines += run.table
     for head, texts in (
             ("Failed", ["%s %s: %s" % (item.kind, item.name, item.error)
                         for item in items if item.error]),
@@ -5034,14 +5076,15 @@ def deliver(settings, data, timeout):
 
 
 def send_reports(run):
-    """Mails and writes what the settings ask for. What fails is a warning of the run, a mail in the
-    reports too."""
+    """Writes and mails what the settings ask for. What fails is a warning of the run; a mail that
+    could not be sent stands in the reports, too, which do not wait for it."""
     settings = run.settings
     when = {"always": True, "problems": run.exit_status != 0, "never": False}[settings.mail_when]
-    for wanted, function, failure in (
-            (settings.mail_to and when, send_mail, "the mail could not be sent"),
-            (settings.metrics_file, write_metrics, "metrics_file cannot be written"),
-            (settings.report_json, write_json, "report_json cannot be written")):
+    mail = settings.mail_to and when, send_mail, "the mail could not be sent"
+    reports = ((settings.metrics_file, write_metrics, "metrics_file cannot be written"),
+               (settings.report_json, write_json, "report_json cannot be written"))
+
+    def make(wanted, function, failure):
         try:
             if wanted:
                 function(run)
@@ -5050,6 +5093,13 @@ def send_reports(run):
             settings.warnings.append(text)
             run.log(text)
             run.exit_status = run.exit_status or 1
+            return False
+        return True
+
+    made = [make(*report) for report in reports]
+    if not make(*mail):
+        for report in itertools.compress(reports, made):
+            make(*report)
 
 
 # ============================== the command line ==============================
@@ -5238,7 +5288,7 @@ def parse_words(usage, words):
             if "preview" in options and (DRY_RUN.match(word) or key == "preview"):
                 near = "preview"
             raise ConfigError("ERROR - invalid parameter %s: %s" % (
-                word, "did you mean %s?" % near if near else
+                key + "=" if "pass" in key else word, "did you mean %s?" % near if near else
                 "allowed are " + ", ".join(shown + list(known))))
     return places, given
 
@@ -5259,8 +5309,7 @@ def create_password_file(words, log, watch):
     """Writes a password file of mode 0600; of files that exist it replaces only such a one."""
     path = native(words[1].partition("=")[2])
     if words[2:] or not path:
-        raise ConfigError("ERROR - invalid parameter %s: create-password-file=FILE stands alone"
-                          % words[-1])
+        raise ConfigError("ERROR - create-password-file=FILE stands alone behind the password")
     password = watch.pure(read_password, words[0], True)
     if os.path.lexists(path):
         read_password_file(path)

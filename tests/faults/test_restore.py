@@ -178,7 +178,8 @@ def test_what_fails_at_the_host_leaves_nothing(here, runs, fault, options):
     if not fault.startswith("vdi_"):
         options = dict(options, path="/import")
     here.sim.fault(fault, **options)
-    run = runs(here, **({"IMPORT_ENDS": 1} if fault == "task_never_completes" else {})).go()
+    run = runs(here, **({"STALLED": 1, "IMPORT_ENDS": 1}
+                          if fault == "task_never_completes" else {})).go()
     assert run.status == 2, run
     assert "restored:" not in run.out
     here.sim.clear_faults()

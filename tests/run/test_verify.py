@@ -220,7 +220,7 @@ DAMAGE = {
     "no vm.cfg": (lambda folder: (folder / "vm.cfg").unlink(), "vm.cfg"),
     "a bit of a sum": (lambda folder: flip(folder / "SHA256SUMS", 5), "SHA256SUMS|does not match"),
     "no sums at all": (lambda folder: (folder / "SHA256SUMS").unlink(),
-                       "SHA256SUMS does not list"),
+                       "not listed in SHA256SUMS"),
     "half of the sums": (lambda folder: os.truncate(
         str(folder / "SHA256SUMS"), (folder / "SHA256SUMS").stat().st_size // 2), "SHA256SUMS"),
     "no sum of the export": (lambda folder: remove_line(export_in(folder).name)(folder),
