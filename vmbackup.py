@@ -4283,6 +4283,10 @@ def clear_away(xapi, facts, log):
             raise
     with contextlib.suppress(XapiError):
         xapi.call("task.destroy", task)
+    disk_comes = any(record["name_label"] == "Async.VDI.create" and record["status"] == "pending"
+                     for record in xapi.all("task").values())
+    if facts["kind"] == "VDI" and disk_comes and not marked(xapi.all("VDI"), task):
+        raise BackupError("the host is making a disk, which may be its")
     for record in patiently(xapi.watch, lambda: clear(xapi, facts)):
         log("NOTE - %s uuid=%s, which a restore left, is left alone: it was started, renamed,"
             " copied or attached since" % (record["name_label"], record["uuid"]))

@@ -9,6 +9,7 @@ import socket
 import threading
 
 import pytest
+import XenAPI
 from simulator.pool import MIB, Pool, disk, vif
 from support.harness import finish, start, vmbackup
 from support.relay import Relay, address_of
@@ -114,6 +115,26 @@ def test_a_damaged_ova_xml_is_a_damaged_archive(here, field):
     assert result.status == 2, result
     assert not result.has("internal error")
     here.assert_nothing_new()
+
+
+def test_the_note_of_a_disk_that_the_host_may_still_make_stays(here):
+    here.back_up("vdi-export=" + VM)
+    here.sim.fault("rpc_hang", method="VDI.create", times=1)
+    process = start("restore", here.sim.password, here.site.config, VM)
+    wait_until(lambda: "Async.VDI.create" in here.sim.methods())
+    process.kill()
+    process.wait()
+    (note,) = here.site.backups.glob(".restore-*.json")
+    session = XenAPI.Session(here.sim.http)
+    session.login_with_password("root", here.sim.password)
+    task = session.xenapi.task.create("Async.VDI.create", "")  # as the host's own is called
+    assert here.restore("as=zwei").has("the next restore tries it")
+    assert note.exists()
+    session.xenapi.task.destroy(task)
+    session.logout()
+    here.sim.clear_faults()
+    assert here.restore("as=drei").status == 0
+    assert not note.exists()
 
 
 def test_a_name_that_was_taken_meanwhile(here):
