@@ -5291,9 +5291,10 @@ def parse_words(usage, words):
                 name + "=" * ("=" in options[name]) for name in options if not as_shown])
             if "preview" in options and (DRY_RUN.match(word) or key == "preview"):
                 near = "preview"
+            more = [each for each in shown if each != "vm-name"] + list(known)
             raise ConfigError("ERROR - invalid parameter %s: %s" % (
                 key + "=" if "pass" in key else word, "did you mean %s?" % near if near else
-                "allowed are " + ", ".join(shown + list(known))))
+                "allowed are " + ", ".join(more) if more else "it is one word too many"))
     return places, given
 
 
