@@ -3219,8 +3219,6 @@ def restore_note(run, plan, vm, disks, vifs, folder):
 
 # ============================== the backup of one VM ==============================
 
-INDENT_LIMIT = 16 * MIB  # bytes that are parsed: the tree takes many times as much memory
-
 
 def back_up_vm(run, choice, xapi, outcome, activity):
     """One VM's backup, in the order that the guarantees stand on. Raises what went wrong; what
@@ -3355,8 +3353,8 @@ def cfg(record, keys, more):
 
 
 def fetch_ova(xapi, ref, activity):
-    """The ova.xml of the VM's /export_metadata, indented where it is not huge."""
-    from xml.dom import minidom
+    """The ova.xml of the VM's /export_metadata, indented."""
+    from xml.parsers import expat
 
     query = {"ref": ref, "export_snapshots": "false"}
     with Stream(xapi, "/export_metadata", query, activity) as stream:
@@ -3368,11 +3366,23 @@ def fetch_ova(xapi, ref, activity):
                 raise BackupError("/export_metadata gave more than %s" % size_text(METADATA_LIMIT))
         stream.verdict()
     try:
-        if len(data) > INDENT_LIMIT:
-            return data.decode("utf-8")
-        return minidom.parseString(bytes(data)).toprettyxml("  ")  # noqa: S318
-    except Exception as error:  # expat raises nearly anything at other bytes
+        expat.ParserCreate().Parse(bytes(data), True)
+        return indented(data.decode("utf-8"))
+    except (expat.ExpatError, UnicodeDecodeError) as error:
         raise BackupError("/export_metadata gave no ova.xml: %s" % describe(error)) from None
+
+
+def indented(text):
+    """Well-formed XML, each element that holds others on lines of its own. (minidom would take many
+    times its memory.)"""
+    depth, lines = 0, []
+    # An element without content stays one: a line end in it would be its content.
+    text = re.sub(r"<(\w+)></\1>", r"<\1/>", text.strip())
+    for tag in text[1:-1].split("><"):  # text holds no <
+        depth -= tag.startswith("/")
+        lines.append("%s<%s>\n" % ("  " * depth, tag))
+        depth += tag[0] not in "/?!" and "</" not in tag and not tag.endswith("/")
+    return "".join(lines)
 
 
 # ============================== choice and preview ==============================

@@ -11,11 +11,13 @@ import io
 import itertools
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import threading
+import xmlrpc.client
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -986,3 +988,17 @@ def test_no_bytes_through_zstd_raise_anything_but_ArchiveError(start, noise, siz
     else:
         with pytest.raises(vmbackup.ArchiveError):
             small_prover("xva.zst")(in_pieces(data, sizes))
+
+
+# --- ova.xml for people ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [
+    "", " ", "\n", "a\nb", "x <y> & z", "a > b", "><", [], {}, [[]], {"": ""}, True,
+    ["", {"a": []}]])
+def test_indented_xml_says_the_same(value):
+    value = {"version": {"xapi": value}, "objects": [value, {"class": "VM", "snapshot": value}]}
+    text = xmlrpc.client.dumps((value,))
+    dense = re.sub(r"(?<!<string)>\n<", "><", text)  # as XAPI writes it
+    for given_text in (text, dense, '<?xml version="1.0"?>' + dense):
+        assert xmlrpc.client.loads(vmbackup.indented(given_text))[0][0] == value
+    assert "\n            <struct>\n" in vmbackup.indented(dense)
