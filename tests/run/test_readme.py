@@ -271,6 +271,7 @@ class Reader:
         line = re.sub(r"\b[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){31}\b|\b[0-9a-f]{64}\b", "SHA", line)
         line = re.sub(r"\b(KiB|MiB|GiB|TiB|bytes?)\b", "UNIT", line)
         line = re.sub(r"\b(\d+ (d|h|min|s)( |\b))+", "TIME ", line)
+        line = re.sub(r"longest ago \S+", "longest ago VM", line)  # within the same second any
         return re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?", "0", line)).strip()
 
 
