@@ -6,7 +6,6 @@ import re
 import select
 import signal
 import socket
-import threading
 
 import pytest
 import XenAPI
@@ -32,12 +31,10 @@ class Leading(Relay):
         self.to, self.place, self.early = address_of(sim), sim.http, None
         super().__init__()
 
-    def serve(self, client):
+    def serve(self, client, _number):
         head = client.recv(65536, socket.MSG_PEEK)
         if not head.startswith(b"PUT") or self.early is not None:
-            server = socket.create_connection(self.to)
-            threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
-            self.copy(server, client)
+            self.pass_on(client, socket.create_connection(self.to))
             return
         client.recv(head.index(b"\r\n\r\n") + 4)
         waits = select.select([client], [], [], 1)[0]

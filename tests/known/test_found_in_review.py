@@ -8,55 +8,27 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
 from simulator.pool import MIB, Pool, disk
 from support.harness import ROOT, SCRIPT, finish, hasty, vmbackup
+from support.relay import Relay
 from support.world import IMPATIENT, one_vm, wait_until
 
 
-class Between:
+class Between(Relay):
     """A man in the middle: passes each TCP connection on, but for what `odd(number, client)` does
     with it; true: that was all."""
 
     def __init__(self, to, odd):
-        self.to, self.odd, self.count = to, odd, 0
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(50)
-        self.host = "127.0.0.1:%d" % self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.to, self.odd = to, odd
+        super().__init__()
+        self.host = self.url.partition("//")[2]
 
-    def _accept(self):
-        while True:
-            try:
-                client = self.listener.accept()[0]
-            except OSError:
-                return
-            self.count += 1
-            threading.Thread(target=self._serve, args=(self.count, client), daemon=True).start()
-
-    def _serve(self, number, client):
-        if self.odd(number, client):
-            return
-        server = socket.create_connection(self.to)
-        threading.Thread(target=self._copy, args=(client, server), daemon=True).start()
-        self._copy(server, client)
-
-    @staticmethod
-    def _copy(source, target):
-        try:
-            for data in iter(lambda: source.recv(65536), b""):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def close(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
+    def serve(self, client, number):
+        if not self.odd(number, client):
+            self.pass_on(client, socket.create_connection(self.to))
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ class Dripping(Relay):
         self.to, self.method, self.dripped = address_of(sim), method.encode(), 0
         super().__init__()
 
-    def serve(self, client):
+    def serve(self, client, number):
         server = socket.create_connection(self.to)
         state = {"drips": False}
 
@@ -285,10 +285,10 @@ class Flood(Dripping):
         super().__init__(sim, "nothing")
         self.sent = 0
 
-    def serve(self, client):
+    def serve(self, client, number):
         head = client.recv(4096, socket.MSG_PEEK)
         if not head.startswith(b"GET /export_metadata"):
-            super().serve(client)
+            super().serve(client, number)
             return
         with contextlib.suppress(OSError):
             client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")

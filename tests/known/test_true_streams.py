@@ -116,13 +116,13 @@ class Altering(Relay):
         self.to, self.path, self.alter, self.altered = address_of(site.sim), path, alter, 0
         super().__init__()
 
-    def serve(self, client):
+    def serve(self, client, _number):
         head = client.recv(4096, socket.MSG_PEEK)
         server = socket.create_connection(self.to)
-        threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
         if not head.startswith(("GET " + self.path).encode()):
-            self.copy(server, client)
+            self.pass_on(client, server)
             return
+        threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
         with contextlib.suppress(OSError):
             answer = b"".join(iter(lambda: server.recv(65536), b""))
             head, end, body = answer.partition(b"\r\n\r\n")

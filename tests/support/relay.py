@@ -12,9 +12,11 @@ def address_of(sim):
 
 
 class Relay:
-    """Gives each connection to `serve(client)`, in a thread of its own; a context manager."""
+    """Gives each connection to `serve(client, number)`, in a thread of its own; a context manager.
+    count: the connections so far."""
 
     def __init__(self):
+        self.count = 0
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(50)
@@ -25,10 +27,16 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 client = self.listener.accept()[0]
-                threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+                self.count += 1
+                threading.Thread(target=self.serve, args=(client, self.count), daemon=True).start()
 
-    def serve(self, client):
+    def serve(self, client, number):
         raise NotImplementedError
+
+    def pass_on(self, client, server):
+        """Passes all on, both ways, to the end of what the server sends."""
+        threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
+        self.copy(server, client)
 
     @staticmethod
     def copy(source, target):
@@ -42,5 +50,8 @@ class Relay:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
